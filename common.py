@@ -1,0 +1,1211 @@
+"""Plumbing that every recipe shares; it knows no model.
+
+In this order: settings, device, randomness, clock, files, data, pictures, and `Run`, which a recipe opens with
+`with Run(cfg, "name") as run:` and which keeps the folder, the clock, the log and the updates of one training run.
+Copy this file beside the script that you copy, or make one file of the two: python tools/bundle.py train_x.py
+"""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import datetime
+import difflib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import types
+import typing
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+SAMPLE_MARKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of a run at which a recipe shows samples; 1.0 is its ending
+BAD_LIMIT = 5  # so many non-finite updates in a row are no accident
+HEARTBEAT = 5.0  # seconds between two log lines, and between two writes of the time used
+YES_NO = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+class RecipeError(Exception):
+    """A sentence for the user: what is wrong, with the value, and what to do. `code` is the exit code."""
+
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
+
+
+class Stopped(RecipeError):
+    """The run was asked to stop and has saved; the sentence names the command that continues it."""
+
+
+def opt(default, help, **rules):
+    """One setting of a `Config`: its default, its help line and its rules.
+
+    Rules: `fixed` (must be the same when a run continues), `everyday` (shown by --help), `choices`, `low` and `high`
+    (inclusive), `check` (a function that raises ValueError naming what the setting takes), `action` (no environment
+    variable), `derived` (filled from the data before `build`).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
+def duration(text):
+    """Seconds in a text such as 6h, 1h30m or 90s; 0 for an empty one. ValueError names what it takes."""
+    if not re.fullmatch(r"(\d+(\.\d+)?[dhms])*", text.strip()):
+        raise ValueError("a time such as 6h, 1h30m or 90s")
+    return sum(float(n) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[u] for n, u in re.findall(r"([\d.]+)([dhms])", text))
+
+
+def moment(text):
+    """Seconds since the epoch of a local time such as 2026-11-24 08:30; 0 for an empty text. ValueError as above."""
+    try:
+        return datetime.datetime.fromisoformat(text.strip()).timestamp() if text.strip() else 0.0
+    except ValueError:
+        raise ValueError('a date and time such as "2026-11-24 08:30"') from None
+
+
+@dataclasses.dataclass
+class Settings:
+    """The settings that mean the same in every recipe; a recipe's `Config` adds its own and changes defaults."""
+
+    data_dir: str = opt("", "folder or CSV of training data; empty: built-in data", everyday=True)
+    val_dir: str = opt("", "folder or CSV of validation data; empty: a tenth of the training data", everyday=True)
+    out_dir: str = opt("", "run folder; empty: results/<recipe>", everyday=True)
+    target_size: int = opt(64, "image size in pixels", fixed=True, everyday=True, low=1)
+    batch_size: int = opt(16, "samples per forward pass and process", everyday=True, low=1)
+    accumulate: int = opt(1, "forward passes added up before an update", low=1)
+    num_epochs: float = opt(10.0, "length of the run in passes over the data", everyday=True, low=0)
+    num_steps: int = opt(0, "length of the run in updates; 0: num_epochs decides", low=0)
+    time_budget: str = opt("", "finish inside this time, e.g. 6h, 90s; all sessions count", everyday=True, check=duration)
+    deadline: str = opt("", 'finish before this moment, e.g. "2026-11-24 08:30"', check=moment)
+    session_limit: str = opt("", "save and stop this session after e.g. 11h; the same command continues", check=duration)
+    save_minutes: float = opt(10.0, "minutes between two checkpoints", low=0)
+    sample_ratio: float = opt(1.0, "share of the training files to use", fixed=True, low=1e-6, high=1)
+    learning_rate: float = opt(1e-3, "peak learning rate", fixed=True, everyday=True, low=0)
+    use_amp: bool | None = opt(None, "half precision; default: where the hardware gains from it")
+    amp_dtype: str = opt("auto", "half precision's type", choices=("auto", "bf16", "fp16"))
+    compile: bool = opt(False, "torch.compile; runs eagerly where it fails")
+    patience: int = opt(0, "evaluations without a better result before the run anneals and ends; 0: off", low=0)
+    seed: int = opt(0, "seed of everything random", fixed=True, low=0)
+    num_workers: int = opt(-1, "processes that load data; -1: none for cached data, else up to 4", low=-1)
+    device: str = opt("auto", "auto, cpu, mps, cuda or cuda:1")
+    continue_from: str = opt("", "run folder (may be read-only) that an empty out_dir continues")
+    fresh: bool = opt(False, "start over; an older run folder is renamed, never deleted", action=True)
+
+
+def _kind(config, name):
+    """The plain type of a setting: bool for `bool | None`."""
+    hint = typing.get_type_hints(config)[name]
+    return next((t for t in typing.get_args(hint) if t is not types.NoneType), hint)
+
+
+def check_setting(field, value, source):
+    """RecipeError (exit code 2) when a setting's value breaks its rules; `source` is its flag, variable or name."""
+    rules, takes = field.metadata, ""
+    low, high = rules.get("low", -math.inf), rules.get("high", math.inf)
+    if "choices" in rules and value not in rules["choices"]:
+        takes = " or ".join(map(str, rules["choices"]))
+    elif isinstance(value, (int, float)) and not low <= value <= high:
+        takes = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+    elif "check" in rules:
+        try:
+            rules["check"](value)
+        except ValueError as e:
+            takes = str(e)
+    if takes:
+        raise RecipeError(f"{source} is {value!r}; it takes {takes}.", 2)
+
+
+def help_text(config, doc, everything=False):
+    """What --help prints: the script's docstring and its everyday settings; all of them for `--help all`."""
+    fields = dataclasses.fields(config)
+    lines = [(doc or "").strip(), "", "Settings (flag, else environment variable in capitals, else [default]):"]
+    for f in (f for f in fields if everything or f.metadata.get("everyday")):
+        more = f" ({', '.join(map(str, f.metadata['choices']))})" if "choices" in f.metadata else ""
+        value = {None: "auto", "": "", False: ""}.get(f.default, f.default) if not isinstance(f.default, float) else f.default
+        lines.append(f"  --{f.name:<15} {f.metadata['help']}{more}" + (f" [{value}]" if value != "" else ""))
+    return "\n".join([*lines, "" if everything else f"  {'--help all':<17} shows all {len(fields)} settings"])
+
+
+def parse(config, doc="", argv=None):
+    """`config` filled from flags, else environment variables, else defaults; None after printing --help.
+
+    Flags are --batch_size 4, --batch-size=4, --use_amp, --no-use_amp. `cfg.given` names the settings that the user
+    gave. RecipeError (exit code 2) for a bad flag, variable or value.
+    """
+    if argv is None:  # a notebook kernel's own argv is not ours
+        argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
+    fields, words, values = {f.name: f for f in dataclasses.fields(config)}, list(argv), {}
+    given = {n: (os.environ.get(n.upper()), f"The variable {n.upper()}") for n, f in fields.items() if "action" not in f.metadata}
+    given = {n: pair for n, pair in given.items() if pair[0]}
+    if given:
+        say("From the environment: " + " ".join(f"{n.upper()}={text}" for n, (text, _) in given.items()))
+    while words:
+        flag, equals, text = words.pop(0).partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if name in ("h", "help"):
+            print(help_text(config, doc, "all" in [text, *words]))
+            return None
+        off = name.startswith("no_") and name[3:] in fields and _kind(config, name[3:]) is bool
+        name = name[3:] if off else name
+        if name not in fields or not flag.startswith("--"):
+            near = difflib.get_close_matches(name, fields, 1)
+            raise RecipeError(f"There is no setting {flag}{f'; did you mean --{near[0]}' if near else ''}. See --help all.", 2)
+        if _kind(config, name) is bool and not equals:
+            text = words.pop(0) if words and words[0].lower() in YES_NO and not off else "0" if off else "1"
+        elif not equals and (not words or words[0].startswith("--")):
+            raise RecipeError(f"{flag} needs a value: {fields[name].metadata['help']}.", 2)
+        given[name] = (text if equals or _kind(config, name) is bool else words.pop(0), flag)
+    for name, (text, source) in given.items():
+        kind = _kind(config, name)
+        try:
+            values[name] = YES_NO[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            takes = {bool: "1, 0, true or false", int: "a whole number", float: "a number"}[kind]
+            raise RecipeError(f"{source} is {text!r}; it takes {takes}.", 2) from None
+        check_setting(fields[name], values[name], source)
+    cfg = config(**values)
+    cfg.given = frozenset(values)
+    return cfg
+
+
+def main(run, config, doc=""):
+    """Parse the settings and return run(cfg); end with a sentence wherever a traceback is no help.
+
+    Exit codes: 2 for a wrong call, 1 for a failure, 130, 143 or 138 for a run that a signal stopped. In a notebook the
+    sentence is printed and nothing exits.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a gbk terminal must not turn a message into a traceback
+    try:
+        cfg = parse(config, doc)
+        if cfg is None:
+            return None
+        cfg.head_start = process_age()
+        return run(cfg)
+    except RecipeError as e:
+        message, code = str(e), e.code
+    except KeyboardInterrupt:
+        message, code = "Interrupted. The last checkpoint is whole, and the same command continues from it.", 130
+    except OSError as e:  # the disk, a permission, a path: never a reason for a traceback
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        message, code = f"{e.filename or 'The disk'}: {e.strerror}. Mend that and run the same command again.", 1
+    print(message, file=sys.stderr, flush=True)
+    if "ipykernel" not in sys.modules:
+        sys.exit(code)
+
+
+def process_age():
+    """Seconds since this process began: imports count against a time budget too."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return time.process_time()  # not Linux: the processor time is the best that the standard library knows
+
+
+def say(text):
+    """Print a line at once, above a progress bar, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        (sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print)(text)
+        sys.stdout.flush()
+
+
+def clock_text(seconds):
+    """A length of time for people: 45s, 3m20s, 14m, 3h05m."""
+    s = max(0, round(seconds))
+    if s < 600:
+        return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m"
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+def choose_device(name="auto", local_rank=0):
+    """(torch.device, its name) for --device; RecipeError where this torch has no kernels for the card."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = f"cuda:{local_rank}" if cards else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and shutil.which("nvidia-smi"):
+            say(
+                f"An NVIDIA card is here, but torch {torch.__version__} has no CUDA or cannot use the driver: this runs on the "
+                "processor. Install the CUDA build that pytorch.org/get-started names (plain pip on Windows brings none)."
+            )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device is {name!r}; it takes auto, cpu, mps, cuda or cuda:1.", 2) from None
+    if device.type != "cuda":
+        return device, f"{device.type} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    if (device.index or 0) >= cards:
+        raise RecipeError(f"--device is {name!r}, but torch {torch.__version__} sees {cards} CUDA cards; try --device cpu.", 2)
+    title, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    built, here = torch.cuda.get_arch_list(), 10 * major + minor
+    known = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
+    if not any(n <= here and (kind == "compute" or n // 10 == major) for kind, n in known):
+        raise RecipeError(
+            f"torch {torch.__version__} has no kernels for {title} (sm_{here}; it has {', '.join(built)}). Choose another "
+            "card (on Kaggle: T4), install the cu126 build that pytorch.org/get-started names, or add --device cpu."
+        )
+    return device, title
+
+
+def cpu_has_bf16():
+    """Whether the processor multiplies bfloat16 itself (AVX512-BF16, AMX); where it does not, bf16 is slower than fp32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def choose_dtype(kind, capability=(0, 0), use_amp=None, amp_dtype="auto"):
+    """(dtype of autocast or torch.float32, why). `kind` is cuda, cpu or mps; `capability` that of a CUDA card.
+
+    torch.cuda.is_bf16_supported() is not asked: it is True on T4 and P100, which emulate bf16 slowly.
+    """
+    if use_amp is False:
+        return torch.float32, "half precision is off"
+    if amp_dtype != "auto":
+        if (kind, amp_dtype) == ("cpu", "fp16"):
+            raise RecipeError("--amp_dtype is 'fp16', which is of no use on a CPU; it takes bf16 there.", 2)
+        slow = ", though this card only emulates it" if (kind, amp_dtype) == ("cuda", "bf16") and capability < (8, 0) else ""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype], "asked for" + slow
+    if kind == "cuda":
+        card = f"compute capability {capability[0]}.{capability[1]}"
+        if capability >= (8, 0):
+            return torch.bfloat16, f"{card} has it"
+        if capability >= (7, 0):
+            return torch.float16, f"{card} has no bf16"
+        return (torch.float16, f"{card}: saves memory, not time") if use_amp else (torch.float32, f"{card} has no tensor cores")
+    if kind == "cpu" and (use_amp or cpu_has_bf16()):
+        return torch.bfloat16, "this processor has it" if cpu_has_bf16() else "asked for, though slow on this processor"
+    return (torch.float16, "asked for") if use_amp else (torch.float32, f"no gain from half precision on this {kind}")
+
+
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out, on a GPU or in RAM."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
+
+
+def free_memory():
+    """Bytes of RAM that this process may still take; a container's limit counts. 4 GiB where the system does not tell."""
+    limits, group = [], Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, TypeError):
+        limits.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits, default=4 * 2**30)
+
+
+# --- randomness -------------------------------------------------------------------------------------------------------
+def mix(*numbers):
+    """A 63-bit seed from numbers or texts; neighbouring inputs give unrelated seeds."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def uniforms(seed, epoch, index, count):
+    """Random numbers in [0, 1), shape [len(index), count], that depend on nothing but (seed, epoch, index).
+
+    splitmix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014) as a counter-based generator:
+    no state, so that a resumed run, any worker and any process draw the same.
+    """
+    x = np.asarray(index, np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
+    x = x * np.uint64(0x9E3779B97F4A7C15) + np.uint64(mix(seed, epoch))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Stream(torch.utils.data.Sampler):
+    """Endless batches of (epoch, index). Update k holds samples k*G to (k+1)*G of the shuffled epochs laid end to end.
+
+    A pure function of (seed, update): resuming needs no state. Each of `world` processes takes its slice of the G.
+    """
+
+    def __init__(self, n, per_update, seed, start=0, rank=0, world=1):
+        self.n, self.per_update, self.seed, self.start = n, per_update, seed, start
+        self.rank, self.share, self.orders = rank, per_update // world, {}
+
+    def order(self, epoch):
+        """The permutation of an epoch; the newest few are kept."""
+        if epoch not in self.orders:
+            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+        return self.orders[epoch]
+
+    def __iter__(self):
+        k = self.start
+        while True:
+            first = k * self.per_update + self.rank * self.share
+            places = (divmod(p, self.n) for p in range(first, first + self.share))
+            yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
+            k += 1
+
+
+# --- clock ------------------------------------------------------------------------------------------------------------
+def schedule(progress, shape="cosine", warmup=0.05, floor=0.0):
+    """Factor on the peak learning rate at `progress` 0..1: warm-up from near 0, then down to `floor` at 1.
+
+    `shape` is cosine, linear, constant or onecycle (cosine up over 30 %, cosine down; Smith and Topin, 2017).
+    """
+    p, warmup = min(max(progress, 0.0), 1.0), 0.3 if shape == "onecycle" else warmup
+    if p < warmup:
+        return 0.52 - 0.48 * math.cos(math.pi * p / warmup) if shape == "onecycle" else max(p / warmup, 1e-3)
+    rest = (p - warmup) / (1 - warmup)
+    down = {"linear": 1 - rest, "constant": 1.0}.get(shape, 0.5 + 0.5 * math.cos(math.pi * rest))
+    return floor + (1 - floor) * down
+
+
+class Clock:
+    """The time used by all sessions of a run, and its share of the budget or of the way to the deadline.
+
+    budget, session: seconds, 0 for none; deadline: seconds since the epoch; head_start: seconds that this process had
+    used before. `before` (earlier sessions' seconds) and `born` (the first one's start) come from the run folder.
+    """
+
+    def __init__(self, budget=0.0, deadline=0.0, session=0.0, head_start=0.0):
+        self.budget, self.deadline, self.session = budget, deadline, session
+        self.start, self.before, self.born = time.monotonic() - head_start, 0.0, time.time() - head_start
+
+    def used(self):
+        return self.before + time.monotonic() - self.start
+
+    def left(self, reserve=0.0):
+        """Seconds until the budget or the deadline ends, whichever is earlier, with `reserve` held back."""
+        budget = self.budget - self.used() if self.budget else math.inf
+        return min(budget, self.deadline - time.time() if self.deadline else math.inf) - reserve
+
+    def progress(self, reserve=0.0):
+        """Share of the time that has gone, 0..1, with `reserve` held back at the end; 0 without a limit."""
+        spans = [(self.used(), self.budget)] if self.budget else []
+        spans += [(time.time() - self.born, self.deadline - self.born)] if self.deadline else []
+        return max((min(gone / (whole - reserve), 1.0) if whole > reserve else 1.0 for gone, whole in spans), default=0.0)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def write_aside(path, write, check=None):
+    """Write a file so that a crash leaves the old one or the new one: aside, flush, fsync, check, rename.
+
+    write(file) fills a binary file; check(path) raises where what stands on the disk is not whole.
+    """
+    part = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if check:
+            check(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Write plain values as UTF-8 JSON, aside first."""
+    write_aside(path, lambda f: f.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
+
+
+def read_json(path):
+    """The dict in a JSON file; an empty one where there is no file or it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def check_zip(path):
+    """zipfile.BadZipFile unless every record of a torch file has the checksum that it was written with."""
+    with zipfile.ZipFile(path) as z:
+        if z.testzip():
+            raise zipfile.BadZipFile(f"{z.testzip()} in it is damaged")
+
+
+def save_tensors(path, state):
+    """torch.save of tensors and plain values, written aside and read back before it takes its name."""
+    write_aside(path, lambda f: torch.save(state, f), check_zip)
+
+
+def load_tensors(path, device="cpu"):
+    """What `save_tensors` wrote, on `device`. Any damage raises; code in the file is never run."""
+    check_zip(path)
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+class Parts(types.SimpleNamespace):
+    """What a recipe's `build` returns: models, optimizers, EMA by name. All that have a state go into checkpoints."""
+
+    def state_dict(self):
+        return {k: v.state_dict() for k, v in vars(self).items() if hasattr(v, "state_dict")}
+
+    def load_state_dict(self, state):
+        for name in state:
+            getattr(self, name).load_state_dict(state[name])
+
+
+class EMA:
+    """Running average of a model's weights; the decay warms up: min(decay, (1 + k) / (10 + k)) at update k.
+
+    A fixed 0.9999 over 440 updates would be 96 % initialisation. `ema.model` is the averaged copy, in eval mode.
+    """
+
+    def __init__(self, model, decay=0.999):
+        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        self.updates += 1
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - keep)
+        for mine, new in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(new)
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+
+
+def read_image(path):
+    """An image file as uint8, [height, width] for a gray one, else [height, width, 3].
+
+    Palettes are resolved, transparency lies on white, 16 bits are scaled to 8 and not clipped (floats by their own
+    range), EXIF orientation is applied. Raises one of `UNREADABLE` for a file that is none or is cut short.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # 16-bit, 32-bit and float gray
+            values = np.nan_to_num(np.asarray(image, np.float64))
+            low, high = min(values.min(), 0), max(values.max(), 1e-9)
+            high = 65535 if image.mode[0] == "I" and high <= 65535 else high
+            return ((values - low) * (255 / (high - low)) + 0.5).astype(np.uint8)
+        if image.mode not in ("1", "L", "RGB"):
+            rgba = image.convert("RGBA")
+            gray = image.mode in ("LA", "La") or (image.mode == "P" and rgba.convert("RGB").getcolors(256) is not None
+                and all(r == g == b for _, (r, g, b) in rgba.convert("RGB").getcolors(256)))  # fmt: skip
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L" if gray else "RGB")
+        return np.array(image.convert("L") if image.mode in "1L" else image)
+
+
+def find_images(folder, what="images"):
+    """Image files below `folder`, sorted. RecipeError says what was searched, what is there, and the nearest images."""
+    folder = Path(folder).expanduser()
+    if folder.is_file():
+        raise RecipeError(f"{folder} is a file; give the folder that holds the {what}, or a .csv list of them.", 2)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    images = [p for p in files if p.suffix.lower() in IMAGE_TYPES]
+    if images:
+        return images
+    kinds = [p.suffix.lower() or "without a suffix" for p in files]
+    found = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds), key=kinds.count)[-5:]) or "no file"
+    message = f"No {what} in {folder}: " + (f"{found} in it." if folder.is_dir() else "there is no such folder.")
+    if ".dcm" in kinds:
+        message += " DICOM is not read: convert slices to PNG with pydicom, volumes to .nii.gz with dcm2niix."
+    home = next(p for p in folder.absolute().parents if p.is_dir())
+    near = [p.parent for pattern in ("*", "*/*", "*/*/*") for p in home.glob(pattern) if p.suffix.lower() in IMAGE_TYPES]
+    if near:
+        near = max(near, key=lambda p: difflib.SequenceMatcher(None, p.name, folder.name).ratio())
+        message += f" The nearest folder with images is {near}."
+    raise RecipeError(f"{message} Images end in {' '.join(IMAGE_TYPES)}.", 2)
+
+
+def read_table(path):
+    """Rows of a CSV `image[,mask][,label][,split][,group]` as dicts; image and mask are paths beside the CSV."""
+    path = Path(path).expanduser()
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = list(csv.DictReader(f))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise RecipeError(f"Cannot read the list {path}: {e}. It must be a CSV file in UTF-8.", 2) from None
+    if not rows or not rows[0].get("image"):
+        head = ", ".join(filter(None, rows[0])) if rows else "no rows"
+        raise RecipeError(f"{path} needs a first line that names a column image (mask, label, split, group); it has {head}.", 2)
+    return [r | {k: path.parent / r[k] for k in ("image", "mask") if r.get(k)} for r in rows if r["image"]]
+
+
+def open_records(cfg):
+    """(training records, validation records): dicts with `image` and whatever other columns the CSV has.
+
+    `data_dir` and `val_dir` are folders or CSVs. Without a `val_dir` the CSV's split column decides (val..., test
+    against the rest), else a tenth is split off by seed; a `group` never straddles the split. `sample_ratio` thins
+    the training records.
+    """
+
+    def listed(place, what):
+        return read_table(place) if str(place).lower().endswith(".csv") else [{"image": p} for p in find_images(place, what)]
+
+    train = listed(cfg.data_dir, "training images")
+    groups = [r.get("group") or str(r["image"]) for r in train]
+    if any(r.get("split") for r in train):
+        held = {g for g, r in zip(groups, train) if str(r.get("split")).strip().lower()[:3] in ("val", "tes")}
+        both = held & {g for g, r in zip(groups, train) if str(r.get("split")).strip().lower()[:3] not in ("val", "tes")}
+        if both:
+            raise RecipeError(f"{cfg.data_dir} puts group {min(both)!r} on both sides of the split; give it one split.", 2)
+    else:
+        names = sorted(set(groups), key=lambda g: mix(cfg.seed, os.path.basename(g)))
+        held = set() if cfg.val_dir else set(names[: max(1, round(len(names) / 10))])
+    val = listed(cfg.val_dir, "validation images") if cfg.val_dir else [r for g, r in zip(groups, train) if g in held]
+    train = [r for g, r in zip(groups, train) if g not in held]
+    keep = np.random.default_rng(cfg.seed).permutation(len(train))[: max(1, round(len(train) * cfg.sample_ratio))]
+    if not train or not val:
+        raise RecipeError(f"{cfg.data_dir} gives {len(train)} training and {len(val)} validation images; each needs one.", 2)
+    return [train[i] for i in sorted(keep)], val
+
+
+class Items:
+    """Decoded files by index: in RAM while they fit (`cached` says whether all do); a bad one's slot takes the next good.
+
+    load(path) returns an array, or raises one of `UNREADABLE` for a file that cannot be used. Bad files are named;
+    RecipeError when they are more than a fifth.
+    """
+
+    def __init__(self, paths, load, what="training", check=lambda: None, share=0.5):
+        self.paths, self.load, self.what, self.kept, self.bad = list(paths), load, what, {}, {}
+        room, told = free_memory() * share, time.monotonic()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for i in range(0, len(self.paths), 64):  # in blocks, so that a full RAM and a stop signal are seen in time
+                check()
+                block = range(i, min(i + 64, len(self.paths))) if room > 0 else ()
+                for j, item in zip(block, pool.map(self._read, block)):
+                    self.kept[j] = item
+                    room -= sum(a.nbytes for a in (item if isinstance(item, tuple) else (item,)) if a is not None)
+                if time.monotonic() - told > HEARTBEAT:
+                    told = time.monotonic()
+                    say(f"Read {i} of {len(self.paths)} {what} files.")
+        self.cached = room > 0
+        for why in list(self.bad.values())[:5]:
+            say(f"Bad {what} file, its place takes the next good one: {why}")
+
+    def _read(self, i):
+        try:
+            return self.load(self.paths[i])
+        except UNREADABLE as e:
+            self.bad[i] = f"{self.paths[i]} ({e})"
+            if len(self.bad) * 5 > len(self.paths):
+                few = "; ".join(list(self.bad.values())[:3])
+                raise RecipeError(f"{len(self.bad)} of {len(self.paths)} {self.what} files cannot be used: {few}.") from None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        for j in (k % len(self.paths) for k in range(i, i + len(self.paths))):
+            item = self.kept[j] if j in self.kept else self._read(j)
+            if item is not None:
+                return item
+
+
+def as_is(batch):
+    """Collate function: a dataset whose __getitems__ makes whole batches is left alone."""
+    return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+def picture(rows, titles=(), zoom=1):
+    """A PIL image: a grid of uint8 arrays (gray or RGB), `rows` of equal length, `titles` above the columns."""
+    rows = [[np.asarray(a).repeat(zoom, 0).repeat(zoom, 1) for a in row] for row in rows]
+    gap, top = 6, 30 if titles else 6
+    widths = [gap + max(row[c].shape[1] for row in rows) for c in range(len(rows[0]))]
+    heights = [gap + max(a.shape[0] for a in row) for row in rows]
+    sheet = Image.new("RGB", (gap + sum(widths), top + sum(heights)), "white")
+    for c, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((gap + sum(widths[:c]), 9), title, "black", ImageFont.load_default())
+    for r, row in enumerate(rows):
+        for c, a in enumerate(row):
+            sheet.paste(Image.fromarray(a).convert("RGB"), (gap + sum(widths[:c]), top + sum(heights[:r])))
+    return sheet
+
+
+def draw_curves(log, path):
+    """Draw the loss and the judged metric of a log.jsonl, all sessions together, into one PNG picture."""
+    from matplotlib.figure import Figure
+
+    rows = []
+    for line in Path(log).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            while rows and rows[-1]["step"] > row["step"]:
+                rows.pop()  # what a killed session did after its last checkpoint was done again
+            rows.append(row)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    judged = [r for r in rows if "metric" in r]
+    name = judged[-1]["metric"] if judged else ""
+    lines = [(axes[0], "loss", "-")]
+    lines += [(axes[1], k, "-" if k == name else "--") for k in (judged[-1] if judged else {}) if k.startswith(name)]
+    for axis, key, style in lines:
+        points = [(r["step"], r[key]) for r in rows if key in r]
+        axis.plot(*zip(*points), style, label=key) if points else None
+        axis.set(xlabel="update", ylabel="training loss" if key == "loss" else name)
+    if judged:
+        axes[1].legend()
+    figure.savefig(path, dpi=110, format="png")
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+KEPT = ("step", "progress", "best", "stale", "cut", "reserve", "rate_scale")  # what of a Run goes into its checkpoints
+
+
+class Run:
+    """One training run: device, folder, clock, log, checkpoints, updates. Open it with `with Run(cfg, "name") as run:`.
+
+    A `Run(cfg)` that is not entered serves build, train_step and eval_step (planner, benchmarks, `load`); with `planned`
+    they also run on fake tensors, as if on a device `kind` of this compute `capability`.
+
+    step: updates done; progress: share of the run that has gone, 0..1; samples: samples per update of all processes;
+    micro: samples per forward pass; dtype: autocast's; main: whether this process writes.
+    """
+
+    def __init__(self, cfg, recipe="", kind=None, capability=(8, 0)):
+        for f in dataclasses.fields(cfg):
+            check_setting(f, getattr(cfg, f.name), f.name)
+        self.cfg, self.recipe, self.planned = cfg, recipe, kind is not None
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main, self.samples, self.micro = self.rank == 0, cfg.batch_size * cfg.accumulate * self.world, cfg.batch_size
+        self.device, self.device_name, self.kind = torch.device("cpu"), kind, kind
+        if not self.planned:
+            self.device, self.device_name = choose_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+            self.kind = self.device.type
+            capability = torch.cuda.get_device_capability(self.device) if self.kind == "cuda" else capability
+        self.dtype, self.dtype_why = choose_dtype(self.kind, capability, cfg.use_amp, cfg.amp_dtype)
+        self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype is torch.float16 and not self.planned)
+        self.generator = torch.Generator(self.device)
+        self.step, self.progress, self.was, self.best, self.stale, self.cut = 0, 0.0, 0.0, {}, 0, None
+        self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
+        self.parts = self.data = self.board = self.bar = None
+        self.asked, self.saved, self.ddp, self.sums, self.stepping, self.settings = "", -1, {}, {}, False, {}
+        folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
+        self.folder = Path(folder).expanduser()
+
+    # - opening and closing
+    def __enter__(self):
+        with contextlib.ExitStack() as undo:  # what is opened here is closed here, should a later line raise
+            cfg, head_start = self.cfg, getattr(self.cfg, "head_start", 0.0)
+            self.clock = Clock(duration(cfg.time_budget), moment(cfg.deadline), duration(cfg.session_limit), head_start)
+            cfg.head_start = 0.0
+            if self.world > 1 and not torch.distributed.is_initialized():
+                limit = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
+                torch.distributed.init_process_group("nccl" if self.kind == "cuda" else "gloo", timeout=limit)
+                undo.callback(torch.distributed.destroy_process_group)
+            if self.kind == "cuda":
+                torch.cuda.set_device(self.device)
+                torch.cuda.reset_peak_memory_stats()
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            undo.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
+            if self.main:
+                self._open_folder(undo)
+            if self.world > 1:
+                torch.distributed.barrier()
+            self.settings, past = read_json(self.folder / "settings.json"), read_json(self.folder / "clock.json")
+            self.clock.before, self.clock.born = past.get("used", 0.0), past.get("born", self.clock.born)
+            self._compare()
+            if not past and 0 < self.clock.deadline < time.time():
+                raise RecipeError(f"--deadline is {cfg.deadline!r}, which has passed; it is {time.strftime('%F %H:%M')} now.", 2)
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ():
+                if hasattr(signal, name):
+                    undo.callback(signal.signal, getattr(signal, name), signal.signal(getattr(signal, name), self._on_signal))
+            if self.main:
+                done = threading.Event()
+                beat = threading.Thread(target=self._beat, args=(done,), daemon=True)
+                beat.start()
+                undo.callback(lambda: (done.set(), beat.join()))
+            say(
+                f"{recipe_line(self)}; {self.samples} samples per update = {cfg.batch_size} x {cfg.accumulate} x {self.world} "
+                f"process{'es' * (self.world > 1)}; folder {self.folder}"
+            )
+            self.undo = undo.pop_all()
+        return self
+
+    def _open_folder(self, undo):
+        """Check, make and lock the run folder; rename it for --fresh; fill it for --continue_from."""
+        folder, theirs = self.folder, read_json(self.folder / "settings.json").get("recipe")
+        strangers = folder.is_file() or (folder.is_dir() and {p.name for p in folder.iterdir()} - {"lock", "clock.json", "code"})
+        if strangers and theirs != self.recipe:
+            what = f"a run of {theirs}" if theirs else "files that are not a run of this recipe"
+            raise RecipeError(f"{folder} holds {what}; nothing was touched. Choose another --out_dir.", 2)
+        if self.cfg.fresh and theirs:
+            self._lock().release()  # nobody is in it
+            older = next(p for p in (folder.with_name(f"{folder.name}-old{n}") for n in range(1, 10**6)) if not p.exists())
+            folder.rename(older)
+            say(f"--fresh: the older run is now {older}")
+        folder.mkdir(parents=True, exist_ok=True)
+        undo.callback(self._lock().release)
+        for part in folder.glob(".*.part"):
+            part.unlink()  # what a kill left of a write
+        source = Path(self.cfg.continue_from).expanduser()
+        if self.cfg.continue_from and not any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+            names = ("settings.json", "clock.json", "best.pt", "log.jsonl", "previous.pt", "last.pt")  # the last completes it
+            if not any((source / name).exists() for name in names[-2:]):
+                raise RecipeError(f"--continue_from {source} holds no last.pt; give the run folder of an earlier session.", 2)
+            for name in (n for n in names if (source / n).exists()):
+                write_aside(folder / name, lambda f, name=name: f.write((source / name).read_bytes()))
+            say(f"Continuing the run of {source} in {folder}")
+
+    def _lock(self):
+        lock = filelock.FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+            return lock
+        except filelock.Timeout:
+            owner = read_json(self.folder / "clock.json").get("process", "unknown")
+            raise RecipeError(f"{self.folder} is in use by process {owner}; wait for it or choose another --out_dir.") from None
+        except (OSError, NotImplementedError) as e:
+            say(f"{self.folder} cannot be locked ({e}); do not start a second run in it.")
+            return lock
+
+    def __exit__(self, kind, error, trace):
+        with self.undo:
+            if error and kind is not Stopped and self.parts and self.step > self.saved >= 0 and not self.stepping:
+                self.save(must=False)  # whatever went wrong, the weights between two updates are good
+                say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
+            for thing in (self.bar, self.board):
+                if thing:
+                    thing.close()
+
+    def _beat(self, done):
+        """Write the time used every few seconds, whatever the loop is doing: a kill must not refund any."""
+        while True:
+            state = {"used": round(self.clock.used(), 2), "born": self.clock.born, "process": os.getpid()}
+            with contextlib.suppress(OSError):  # a full disk is for `save` to report
+                write_json(self.folder / "clock.json", state)
+            if done.is_set():
+                return
+            done.wait(HEARTBEAT)
+
+    def _on_signal(self, number, frame):
+        if self.asked == "SIGINT" and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        print(f"\n{self.asked}: this update ends, then the run is saved. Ctrl-C again leaves at once.", file=sys.stderr, flush=True)
+
+    def check(self):
+        """Leave with a saved run when a signal or the session limit asks. For every long loop outside the updates."""
+        if self.clock.session and time.monotonic() - self.clock.start + self.reserve + self.step_time > self.clock.session:
+            self.asked = self.asked or "session limit"
+        if self.asked and self.world == 1:
+            self._leave()
+
+    def _leave(self):
+        if self.parts and self.step > self.saved:
+            self.save()
+        command = " ".join(shlex.quote(w) for w in ("python", *sys.argv) if w != "--fresh")
+        code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}.get(self.asked, 0)
+        raise Stopped(f"Stopped ({self.asked}) after update {self.step}, which is saved. To continue: {command}", code)
+
+    # - what must not change between sessions
+    def _compare(self, derived=False):
+        old, advice = self.settings.get("settings", {}), "start over with --fresh, or choose another --out_dir."
+        for f in dataclasses.fields(self.cfg) if old else ():
+            before, now = old.get(f.name, f.default), getattr(self.cfg, f.name)
+            if now == before or "action" in f.metadata or ("derived" in f.metadata) != derived:
+                continue
+            if derived or "fixed" in f.metadata:
+                same = f"Continue with --{f.name} {before}" if before not in ("", None) else f"Leave --{f.name} away"
+                raise RecipeError(f"{f.name} was {before!r} in {self.folder} and is {now!r} now. {same}, {advice}", 2)
+            say(f"{f.name} was {before!r} before and is {now!r} now.")
+        if old and self.settings["samples"] != self.samples:
+            raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would take {self.samples} now. "
+                f"Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
+
+    def fix_files(self, name, records, root):
+        """The records of this run's own file list, in its order; at the first start `records` become that list."""
+        found = {Path(os.path.relpath(r["image"], root or ".")).as_posix(): r for r in records}
+        kept = self.settings.setdefault("files", {}).setdefault(name, list(found))
+        for files, what in ((set(found) - set(kept), "new since the run began and not used"), (set(kept) - set(found), "gone")):
+            if files:
+                say(f"{len(files)} {name} files are {what}, e.g. {min(files)}")
+        return [found.get(k, {"image": Path(root or ".") / k}) for k in kept]
+
+    # - checkpoints
+    def resume(self, parts, data):
+        """Take `parts` and the training data; load the newest whole checkpoint, or see that three will fit on the disk."""
+        self.parts, self.data = parts, data
+        self._compare(derived=True)
+        state = self._read()
+        if state:
+            self._apply(state)
+            say(f"Continuing after update {self.step}, {clock_text(self.clock.used())} used so far.")
+        need, free = 3 * sum(t.nbytes for t in tensors_in(parts.state_dict())), shutil.disk_usage(self.folder).free
+        if need > free and not state:
+            raise RecipeError(f"Three checkpoints take {need / 2**30:.2f} GiB, but {self.folder} has {free / 2**30:.2f} GiB "
+                "free. Free some space or choose an --out_dir on another disk.")  # fmt: skip
+        self.settings |= {"recipe": self.recipe, "settings": dataclasses.asdict(self.cfg), "samples": self.samples}
+        self.settings |= {"device": recipe_line(self), "torch": torch.__version__, "command": shlex.join(sys.argv)}
+        if self.main:
+            write_json(self.folder / "settings.json", self.settings)
+            for module in {sys.modules.get(type(self.cfg).__module__), sys.modules[Run.__module__]}:
+                if getattr(module, "__file__", None):  # the code that ran, one copy a session that changed it
+                    code = Path(module.__file__).read_bytes()
+                    target = self.folder / "code" / f"{Path(module.__file__).stem}-{mix(code) % 10**6}.py"
+                    target.parent.mkdir(exist_ok=True)
+                    write_aside(target, lambda f, code=code: f.write(code))
+        self._share()
+
+    def _read(self):
+        """The newest checkpoint that is whole, None where there is none at all; a damaged one is named and kept aside."""
+        names = [n for n in ("last.pt", "previous.pt") if (self.folder / n).exists()]
+        for name in names:
+            try:
+                return load_tensors(self.folder / name)
+            except Exception as e:
+                say(f"{self.folder / name} is damaged ({e}); it is kept as {name}.damaged.")
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    os.replace(self.folder / name, self.folder / f"{name}.damaged")
+        if names:
+            raise RecipeError(f"No checkpoint in {self.folder} can be read. --fresh starts over and keeps the folder.")
+
+    def _apply(self, state):
+        self.parts.load_state_dict(state["parts"])
+        self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() and state["scaler"] else None
+        vars(self).update({name: state[name] for name in KEPT})
+        self.saved, self.first, self.was = self.step, self.step, self.progress
+        self.clock.before, self.clock.born = max(self.clock.before, state["used"]), state["born"]
+
+    def save(self, must=True):
+        """Write last.pt; the one before becomes previous.pt. A failure raises RecipeError, or is only said if not `must`."""
+        state = {name: getattr(self, name) for name in KEPT} | {"used": self.clock.used(), "born": self.clock.born}
+        state |= {"parts": self.parts.state_dict(), "scaler": self.scaler.state_dict()}
+        new, last, self.saved_at = self.folder / "next.pt", self.folder / "last.pt", time.monotonic()
+        try:
+            if self.main:
+                save_tensors(new, state)
+                if last.exists():
+                    os.replace(last, self.folder / "previous.pt")
+                os.replace(new, last)
+            self.saved = self.step
+        except (OSError, RuntimeError, zipfile.BadZipFile) as e:
+            why = f"Cannot write {new}: {getattr(e, 'strerror', None) or e}. The checkpoint before it is whole."
+            if must:
+                raise RecipeError(f"{why} Mend that and run the same command again.") from e
+            say(f"{why} Training goes on and tries again.")
+
+    # - the loop
+    @property
+    def planned_steps(self):
+        """Updates that --num_steps or --num_epochs ask for; infinity where only the clock ends the run."""
+        plain = {f.name: f.default for f in dataclasses.fields(self.cfg)}
+        asked = {n for n in plain if getattr(self.cfg, n) != plain[n]} | getattr(self.cfg, "given", set())
+        if self.cfg.num_steps:
+            return self.cfg.num_steps
+        if (self.clock.budget or self.clock.deadline) and "num_epochs" not in asked:
+            return math.inf
+        return math.ceil(self.cfg.num_epochs * len(self.data) / self.samples)
+
+    def _share(self):
+        """Move progress on. Processes agree here, once per update: on the first one's clock and anyone's wish to stop."""
+        late = self.clock.left(self.reserve) < self.step_time  # another update would not end in time
+        by_clock = 1.0 if late else self.clock.progress(self.reserve)
+        if self.world > 1:
+            shared = torch.tensor([float(bool(self.asked)), by_clock * self.main], device=self.device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+            asked, by_clock = shared.tolist()
+            self.asked = self.asked or ("another process" if asked else "")
+        by_steps = self.step / self.planned_steps if self.planned_steps else 1.0
+        self.was, self.progress = self.progress, min(max(by_steps, by_clock), 1.0)
+
+    @property
+    def over(self):
+        """Whether the run has reached its end: its length, its time, or the end of the tenth that --patience adds."""
+        return self.progress >= (1 if self.cut is None else min(1.1 * self.cut, 1))
+
+    def batches(self):
+        """Yield the batches from the present update on, on the device, until the run is over or asked to stop."""
+        if self.main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar}| {desc}", dynamic_ncols=True)
+        self.workers = self.cfg.num_workers
+        if self.workers < 0:
+            self.workers = 0 if getattr(self.data, "cached", False) else min(4, os.cpu_count() or 1)
+        self.logged_at = self.saved_at = self.began = time.monotonic()
+        self.wait, self.count, self.first = 0.0, 0, self.step
+        more = {"persistent_workers": True, "prefetch_factor": 4} if self.workers else {}
+        while not self.over:
+            stream = Stream(len(self.data), self.samples, self.cfg.seed, self.step, self.rank, self.world)
+            loader = torch.utils.data.DataLoader(
+                self.data, batch_sampler=stream, collate_fn=as_is, num_workers=self.workers,
+                pin_memory=self.kind == "cuda", generator=torch.Generator().manual_seed(0), **more,
+            )  # fmt: skip
+            batches, self.rewound = iter(loader), False
+            while not (self.over or self.rewound):
+                self.check()
+                if self.asked:
+                    self._leave()
+                start = time.monotonic()
+                batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+                self.wait, self.index = self.wait + time.monotonic() - start, batch["index"]
+                torch.manual_seed(mix(self.cfg.seed, self.step))  # everything random in update k depends on (seed, k)
+                self.generator.manual_seed(mix(self.cfg.seed, self.step, "draw"))
+                yield batch
+
+    def draw(self, kind, shape, **more):
+        """Random numbers for a batch, e.g. draw("randn", x.shape): drawn for the whole update, then this process's slice.
+
+        kind: a torch function of a shape and a generator (rand, randn). Put the result into the batch dict, so that
+        `update` slices it along with the rest.
+        """
+        whole = getattr(torch, kind)(shape[0] * self.world, *shape[1:], generator=self.generator, device=self.device, **more)
+        return whole[self.rank * shape[0] : (self.rank + 1) * shape[0]]
+
+    def anneal(self, opt, shape="cosine", warmup=0.05, floor=0.0):
+        """Set the learning rates of `opt`: each group's `peak` (default: --learning_rate) times `schedule` of the progress."""
+        factor = self.rate_scale * schedule(self.progress if self.cut is None else self.cut, shape, warmup, floor)
+        if self.cut is not None:  # patience struck: from the rate it had, straight down over a last tenth
+            factor *= max(0.0, 1 - (self.progress - self.cut) / max(min(0.1 * self.cut, 1 - self.cut), 1e-9))
+        for group in opt.param_groups:
+            group["lr"] = group.setdefault("peak", self.cfg.learning_rate) * factor
+        self.lr = opt.param_groups[0]["lr"]
+
+    # - one update
+    def autocast(self):
+        """The autocast context of the forward pass."""
+        return torch.autocast(self.kind, self.dtype, enabled=self.dtype is not torch.float32)
+
+    def finite(self, value):
+        """Whether a tensor is finite throughout; True for a planned run, whose tensors hold nothing."""
+        return True if self.planned else bool(torch.isfinite(value).all())
+
+    def net(self, model):
+        """The model to call in a training step: itself, or in PyTorch's DDP where several processes train it."""
+        if self.world == 1 or self.planned:
+            return model
+        if id(model) not in self.ddp:
+            ids = [self.device.index] if self.kind == "cuda" else None
+            self.ddp[id(model)] = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return self.ddp[id(model)]
+
+    def compile(self, model):
+        """torch.compile in place where --compile asks for it; graphs that fail run eagerly."""
+        if self.cfg.compile and not self.planned:
+            torch._dynamo.config.suppress_errors = True
+            model.compile()
+        return model
+
+    def update(self, loss_fn, batch, opt, model=None, ema=None, clip=1.0):
+        """One optimizer update from one batch; returns its losses as scalar tensors, the gradient's `norm` among them.
+
+        batch: dict of tensors [n, ...]; loss_fn(part) gets slices of it along the first axis, runs under autocast and
+        returns the mean loss of its samples, or a dict of means with `loss` in it. Slices weigh by their length, so
+        accumulation equals the full batch, a ragged last slice included. Where memory runs out, the slices halve and
+        the same batch is replayed. A non-finite loss or gradient changes neither weights nor `ema` (of `model`).
+        RecipeError when one sample does not fit.
+        """
+        if self.world > 1 and self.step == self.first:  # find the slice that fits while processes can still differ
+            self._accumulate(loss_fn, batch, opt, probe=True)
+            fits = torch.tensor(self.micro, device=self.device)
+            torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)
+            self.micro = int(fits)
+        losses = self._accumulate(loss_fn, batch, opt)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(opt)
+        weights = [p for group in opt.param_groups for p in group["params"]]
+        losses["norm"] = torch.nn.utils.clip_grad_norm_(weights, clip or math.inf)
+        good = self.finite(losses["norm"] + (losses["loss"] if self.world == 1 else 0))  # the norm is the same everywhere
+        if good:
+            self.stepping, self.bad = True, 0
+            opt.step()
+            if ema:
+                ema.update(model)
+            self.stepping = False
+        elif not (self.scaler.is_enabled() and self.finite(losses["loss"]) and self.scaler.get_scale() > 1):
+            self.bad += 1  # a GradScaler that still searches its scale overflows on purpose
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        return losses
+
+    def _accumulate(self, loss_fn, batch, opt, probe=False):
+        """Gradients of the mean loss of a batch, slice by slice; returns the losses. `probe` drops the gradients."""
+        n = len(next(iter(batch.values())))
+        while True:
+            if not self.planned:
+                torch.manual_seed(mix(self.cfg.seed, self.step))  # a replay draws what the first try drew
+            opt.zero_grad(set_to_none=True)
+            totals = {}
+            try:
+                for i in range(0, n, self.micro):
+                    share = min(self.micro, n - i) / n
+                    with contextlib.ExitStack() as stack:
+                        for wrapped in self.ddp.values() if probe or i + self.micro < n else ():
+                            stack.enter_context(wrapped.no_sync())  # processes exchange gradients once, at the last slice
+                        with self.autocast():
+                            out = loss_fn({k: v[i : i + self.micro] for k, v in batch.items()})
+                        out = out if isinstance(out, dict) else {"loss": out}
+                        self.scaler.scale(out["loss"] * share).backward()
+                    for name, value in out.items():
+                        totals[name] = totals.get(name, 0) + value.detach().float() * share
+                if probe:
+                    opt.zero_grad(set_to_none=True)
+                return totals
+            except (RuntimeError, MemoryError) as e:
+                if not is_out_of_memory(e):
+                    raise
+                half = max(1, math.ceil(self.micro / 2))
+                advice = f"--batch_size {half} --accumulate {math.ceil(self.cfg.batch_size * self.cfg.accumulate / half)}"
+                if self.micro == 1:
+                    raise RecipeError(f"Out of memory on {self.device_name} with one sample; a smaller --target_size may fit.") from e
+                if self.world > 1 and not probe:
+                    raise RecipeError(f"Out of memory with {self.micro} samples per forward pass; run again with {advice}.") from e
+            out = totals = None  # outside the handler, so that nothing keeps the failed try's activations alive
+            opt.zero_grad(set_to_none=True)
+            if self.kind == "cuda":
+                torch.cuda.empty_cache()
+            say(f"Out of memory with {self.micro} samples per forward pass, now {half}. To start so: {advice}")
+            self.micro = half
+
+    # - after an update
+    def advance(self, losses):
+        """Count the update that gave `losses`: log it, save when due, go back when several in a row were not finite."""
+        self.step, self.count = self.step + 1, self.count + 1
+        self.sums = {k: self.sums.get(k, 0) + v for k, v in losses.items()}
+        if self.bad >= BAD_LIMIT:
+            self._recover()
+        now = time.monotonic()
+        self.step_time = (now - self.began) / max(self.step - self.first, 1)
+        self._share()
+        if now - self.logged_at >= HEARTBEAT or self.step - self.first == 1 or self.over:
+            self._log(now)
+        if now - self.saved_at >= 60 * self.cfg.save_minutes:
+            self.save(must=False)
+
+    def _recover(self):
+        files = ", ".join(dict.fromkeys(str(self.data.name(i)) for i in self.index.tolist()))
+        state = self._read() if self.rate_scale == 1 else None
+        if not state:
+            raise RecipeError(f"Loss or gradient was not finite in {BAD_LIMIT} updates in a row, at a lower rate too. The last files: "
+                f"{files}. Look at them, or try a smaller --learning_rate or --no-use_amp.")  # fmt: skip
+        self._apply(state)
+        self.rate_scale, self.bad, self.rewound, self.sums, self.count, self.began = 0.3, 0, True, {}, 0, time.monotonic()
+        say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step}, at 0.3 of the rate. The last files: {files}")
+
+    def due(self, every=None, at=()):
+        """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`."""
+        if every:
+            return math.floor(self.progress / every + 1e-9) > math.floor(self.was / every + 1e-9)
+        return any(self.was < mark <= self.progress + 1e-12 for mark in at)
+
+    def memory(self):
+        """Peak memory of this process in GiB, the GPU's or else RAM; 0 where the system does not tell."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        with contextlib.suppress(ImportError):
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+        return 0.0
+
+    def eta(self):
+        """Seconds until the run ends, the ending included."""
+        return min(self.clock.left(), (self.planned_steps - self.step) * self.step_time + self.reserve)
+
+    def _log(self, now):
+        seconds, count = max(now - self.logged_at, 1e-9), max(self.count, 1)
+        row = {"step": self.step, "lr": self.lr, "progress": self.progress, "seconds": self.clock.used(), "memory_gib": self.memory()}
+        row |= {"items_per_second": count * self.samples / seconds, "data_wait": self.wait / seconds}
+        row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+        row |= {k: float(v) / count for k, v in self.sums.items()}
+        total = f"/{self.planned_steps}" if self.planned_steps < math.inf else ""
+        numbers = " ".join(f"{k} {row[k]:.4g}" for k in self.sums if k != "norm")
+        line = (
+            f"step {self.step}{total} {numbers} lr {self.lr:.2e} {row['items_per_second']:.0f} img/s data-wait "
+            f"{row['data_wait']:.0%} {row['memory_gib']:.1f} GB eta {clock_text(self.eta())}"
+        )
+        if self.bar is not None:
+            self.bar.n = round(100 * self.progress)
+            self.bar.set_description_str(line)
+        else:
+            say(line)
+        self.record(row)
+        if row["data_wait"] > 0.2 and self.step - self.first > count and not hasattr(self, "advised"):
+            self.advised = say(f"{row['data_wait']:.0%} of the time is waiting for data: try --num_workers {2 * self.workers + 2}, a "
+                "smaller --sample_ratio, or the files on a local disk.")  # fmt: skip
+        self.logged_at, self.wait, self.count, self.sums = now, 0.0, 0, {}
+
+    def record(self, row):
+        """Append a dict with `step` to log.jsonl, and its numbers to TensorBoard where that is installed."""
+        if self.main:
+            with contextlib.suppress(OSError), open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            with contextlib.suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = self.board or SummaryWriter(self.folder / "tensorboard")
+                for key in (k for k, v in row.items() if isinstance(v, (int, float)) and k != "step"):
+                    self.board.add_scalar(key, row[key], row["step"])
+
+    def judge(self, name, metrics, weights, higher=True):
+        """Record an evaluation; keep `weights` as best.pt where metrics[name] is the best so far; feed --patience."""
+        self.record({"step": self.step, "metric": name, **metrics})
+        if name not in self.best or (metrics[name] - self.best[name]) * (1 if higher else -1) > 0:
+            self.best, self.stale = {name: float(metrics[name]), "step": self.step}, 0
+            if self.main:
+                state = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best
+                save_tensors(self.folder / "best.pt", state)
+        else:
+            self.stale += 1
+        if self.cut is None and self.step and self.stale >= (self.cfg.patience or math.inf):
+            self.cut = self.progress
+            say(f"{self.stale} evaluations without a better {name}: the rate anneals over a last tenth, then the run ends.")
+
+    @contextlib.contextmanager
+    def ending(self):
+        """Time a recipe's ending (evaluate, sample, save, export). Every run rehearses it before update 1: that finds in
+        minute 1 what would fail in hour 20, and tells how much time to hold back."""
+        start = time.monotonic()
+        yield
+        self.reserve = 1.2 * (time.monotonic() - start) + 0.2
+        self._share()
+
+    def finish(self, metrics):
+        """Write the last checkpoint, curves.png and metrics.json; returns metrics with steps, seconds and peak memory."""
+        self.save()
+        if self.main and (self.folder / "log.jsonl").exists():
+            with contextlib.suppress(ImportError):
+                write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f))
+        metrics = {k: round(float(v), 5) for k, v in metrics.items()}
+        metrics |= {"steps": self.step, "seconds": round(self.clock.used(), 1), "peak_memory_gib": round(self.memory(), 3)}
+        if self.main:
+            write_json(self.folder / "metrics.json", metrics)
+        return metrics
+
+    @property
+    def finished(self):
+        """The metrics of a run that an earlier session finished and that its limits do not prolong now, else None."""
+        return read_json(self.folder / "metrics.json") or None if self.over else None
+
+
+def recipe_line(run):
+    """One line about what a run runs on: recipe, device, precision and why."""
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[run.dtype]
+    return f"{run.recipe}: {run.device_name}, {name} ({run.dtype_why})"
+
+
+def tensors_in(state):
+    """All tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+        yield from tensors_in(value)
