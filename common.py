@@ -240,6 +240,8 @@ def choose_device(name="auto", local_rank=0):
     """(torch.device, its name) for --device; RecipeError where this torch has no kernels for the card."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
+        if cards > 1 and "WORLD_SIZE" not in os.environ:
+            say(f"{cards} GPUs are here and this uses one. All: torchrun --nproc_per_node={cards} {shlex.join(sys.argv)}")
         name = f"cuda:{local_rank}" if cards else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "cpu" and shutil.which("nvidia-smi"):
             say(
@@ -779,7 +781,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         with self.undo:
-            if error and kind is not Stopped and self.parts and self.step > self.saved >= 0 and not self.stepping:
+            if isinstance(error, Exception) and kind is not Stopped and self.parts and self.step > self.saved >= 0 and not self.stepping:
                 self.save(must=False)  # whatever went wrong, the weights between two updates are good
                 say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
             for thing in (self.bar, self.board):
@@ -875,7 +877,7 @@ class Run:
                 say(f"{self.folder / name} is damaged ({e}); it is kept as {name}.damaged.")
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     os.replace(self.folder / name, self.folder / f"{name}.damaged")
-        if names:
+        if names or list(self.folder.glob("*.damaged")):
             raise RecipeError(f"No checkpoint in {self.folder} can be read. --fresh starts over and keeps the folder.")
 
     def _apply(self, state):
@@ -1176,15 +1178,14 @@ class Run:
         minute 1 what would fail in hour 20, and tells how much time to hold back."""
         start = time.monotonic()
         yield
-        self.reserve = 1.2 * (time.monotonic() - start) + 0.2
-        self._share()
-
-    def finish(self, metrics):
-        """Write the last checkpoint, curves.png and metrics.json; returns metrics with steps, seconds and peak memory."""
-        self.save()
         if self.main and (self.folder / "log.jsonl").exists():
             with contextlib.suppress(ImportError):
                 write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f))
+        self.reserve = 1.2 * (time.monotonic() - start) + 0.5
+        self._share()
+
+    def finish(self, metrics):
+        """Write metrics.json; returns metrics with steps, seconds and peak memory."""
         metrics = {k: round(float(v), 5) for k, v in metrics.items()}
         metrics |= {"steps": self.step, "seconds": round(self.clock.used(), 1), "peak_memory_gib": round(self.memory(), 3)}
         if self.main:

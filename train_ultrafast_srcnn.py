@@ -345,17 +345,14 @@ class SOAP(torch.optim.Optimizer):
                     if q.numel():
                         flat = g.movedim(axis, 0).flatten(1)
                         factor.lerp_(flat @ flat.t(), 1 - b1)
-                        if k == 1:
-                            q.copy_(torch.linalg.eigh(factor)[1].flip(1))
-                        elif k % every == 0:  # one step of power iteration follows the eigenvectors
-                            q.copy_(torch.linalg.qr(factor @ q)[0])
+                        if k % every == 0:  # one step of power iteration, damped, so that rounding turns no direction
+                            q.copy_(torch.linalg.qr(factor @ q + 0.01 * factor.diagonal().mean() * q)[0])
                 state["mean"].lerp_(g, 1 - b1)
                 turned = self.turn(g, bases)
                 state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
-                if k > 1:  # the first gradient only sets up the bases
-                    mean = self.turn(state["mean"], bases) / (1 - b1**k)
-                    mean /= (state["square"] / (1 - b2**k)).sqrt_().add_(1e-10)
-                    p.sub_(self.turn(mean, bases, back=True).reshape(p.shape), alpha=group["lr"])
+                mean = self.turn(state["mean"], bases) / (1 - b1**k)
+                mean /= (state["square"] / (1 - b2**k)).sqrt_().add_(1e-10)
+                p.sub_(self.turn(mean, bases, back=True).reshape(p.shape), alpha=group["lr"])
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

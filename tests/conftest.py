@@ -1,0 +1,96 @@
+"""What the tests share: a small folder of images, tiny settings, and a way to run a recipe as its users do."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+TINY = ["--target_size", "24", "--batch_size", "3", "--num_steps", "9", "--no-use_amp", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_no_settings(monkeypatch):
+    """Two cores are shared by the tests and their children; and no variable of the machine may reach a setting."""
+    torch.set_num_threads(1)
+    for name in ("SEED", "DEVICE", "COMPILE", "SCALE", "ARCH", "BATCH_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Ten pictures of 40 x 44 pixels: nine to train on, 18 crops of 24, so that an epoch is six updates of three."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        small = Image.fromarray(rng.integers(0, 256, (10, 11, 3), np.uint8))
+        small.resize((44, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def srcnn(monkeypatch):
+    """The SRCNN recipe with an export that costs nothing; `test_srcnn.py` tests the real one."""
+    recipe = importlib.import_module("train_ultrafast_srcnn")
+    monkeypatch.setattr(recipe, "export", lambda model, folder: None)
+    return recipe
+
+
+@pytest.fixture
+def config(srcnn, images, tmp_path):
+    """config(**changes) -> a tiny Config of the SRCNN recipe on `images`, in this test's own run folder."""
+
+    def make(**changes):
+        settings = {"data_dir": str(images), "out_dir": str(tmp_path / "run"), "target_size": 24, "batch_size": 3}
+        settings |= {"num_steps": 9, "use_amp": False, "num_workers": 0, "device": "cpu"}
+        return srcnn.Config(**settings | changes)
+
+    return make
+
+
+def same(a, b, where=""):
+    """Assert that two nested states hold the same bits."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            same(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def checkpoint(folder, name="last.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def command(*words, recipe="train_ultrafast_srcnn", drive=None):
+    """The command line that runs a recipe, as its users do, or through drive.py with faults put in."""
+    if drive is None:
+        return [sys.executable, str(ROOT / f"{recipe}.py"), *map(str, words)]
+    return [sys.executable, str(ROOT / "tests" / "drive.py"), recipe, json.dumps(drive), *map(str, words)]
+
+
+def environment(**changes):
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | changes
+
+
+def run(words, cwd=None, timeout=120, **changes):
+    """Run a command; returns the finished process with its output as text."""
+    return subprocess.run(
+        words, cwd=cwd, env=environment(**changes), timeout=timeout, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )

@@ -1,0 +1,37 @@
+"""Run a recipe with faults put in: python tests/drive.py RECIPE JSON [flags]. JSON keys:
+
+stop_at: ask for a stop when so many updates are done; slow_write: seconds that each fsync takes; full_after: bytes after
+which no file can grow (a real limit of the kernel); export: true keeps the export; optimizer: SGD replaces SOAP.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+
+import common
+
+recipe, faults = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2])
+sys.argv = [f"{sys.argv[1]}.py", *sys.argv[3:]]
+if not faults.get("export"):
+    recipe.export = lambda model, folder: None
+if faults.get("optimizer") == "SGD":
+    recipe.SOAP = lambda params, lr: recipe.torch.optim.SGD(params, 1.0)
+if "stop_at" in faults:
+    advance = common.Run.advance
+
+    def stopping(run, losses):
+        advance(run, losses)
+        if run.step == faults["stop_at"]:
+            run.asked = "SIGTERM"
+
+    common.Run.advance = stopping
+if "slow_write" in faults:
+    fsync = os.fsync
+    os.fsync = lambda f: (time.sleep(faults["slow_write"]), fsync(f))
+if "full_after" in faults:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (faults["full_after"], faults["full_after"]))
+common.main(recipe.train, recipe.Config, recipe.__doc__)

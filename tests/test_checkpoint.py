@@ -1,0 +1,415 @@
+"""Nothing is lost: continuing bit for bit, kills, damaged files, full disks, second runs, signals."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, checkpoint, command, environment, run, same
+
+import common
+from common import RecipeError, Run, Stopped, Stream, load_tensors, mix, save_tensors, uniforms, write_aside
+
+
+def compare_runs(a, b):
+    """Assert that two run folders end in the same bits: weights, EMA, optimizer, and the best so far."""
+    x, y = checkpoint(a), checkpoint(b)
+    same(x["parts"], y["parts"])
+    assert (x["step"], x["best"], x["progress"]) == (y["step"], y["best"], y["progress"])
+    same(checkpoint(a, "best.pt")["model"], checkpoint(b, "best.pt")["model"])
+
+
+def stop_after(monkeypatch, k):
+    advance = Run.advance
+
+    def stopping(run, losses):
+        advance(run, losses)
+        if run.step == k:
+            run.asked = "SIGTERM"
+
+    monkeypatch.setattr(Run, "advance", stopping)
+
+
+# --- continuing -------------------------------------------------------------------------------------------------------
+def test_continuing_in_a_new_process_is_bit_for_bit(srcnn, config, images, tmp_path, monkeypatch):
+    """Stops at the start, in an epoch and at its end (six updates are one), with 0 and 2 workers before and after."""
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    cases = [(1, 0, 0), (4, 0, 2), (6, 2, 2), (4, 2, 0)]
+    for k, workers, _ in cases:
+        with monkeypatch.context() as patch:
+            stop_after(patch, k)
+            with pytest.raises(Stopped, match=f"after update {k}, which is saved"):
+                srcnn.train(config(out_dir=str(tmp_path / f"{k}-{workers}"), num_workers=workers))
+
+    def continued(case):
+        k, workers, later = case
+        words = ["--data_dir", images, "--out_dir", tmp_path / f"{k}-{workers}", *TINY]
+        done = run(command(*words, "--num_workers", later, drive={}))
+        assert done.returncode == 0 and f"Continuing after update {k}," in done.stdout, done.stderr
+        compare_runs(tmp_path / f"{k}-{workers}", tmp_path / "whole")
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(continued, cases))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 7, 8])
+def test_continuing_from_any_update_is_bit_for_bit(srcnn, config, tmp_path, monkeypatch, k):
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, k)
+        with pytest.raises(Stopped):
+            srcnn.train(config())
+    srcnn.train(config())
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_order_and_augmentation_are_pure_functions():
+    whole = [next(it) for it in [iter(Stream(7, 4, 3))] for _ in range(6)]
+    later = iter(Stream(7, 4, 3, start=4))
+    assert [next(later), next(later)] == whole[4:]
+    halves = [iter(Stream(7, 4, 3, 0, rank, 2)) for rank in (0, 1)]
+    assert [next(halves[0]) + next(halves[1]) for _ in range(6)] == whole
+    flat = [key for batch in whole for key in batch]
+    for epoch in (0, 1, 2):
+        assert sorted(i for e, i in flat if e == epoch) == list(range(7))
+    assert [i for e, i in flat if e == 0] != [i for e, i in flat if e == 1]
+    draws = uniforms(1, 2, range(5000), 3)
+    assert (uniforms(1, 2, [77], 3) == draws[77]).all() and (uniforms(1, 3, [77], 3) != draws[77]).all()
+    assert draws.min() >= 0 and draws.max() < 1 and abs(draws.mean() - 0.5) < 0.01
+    assert abs(draws[:, 0] @ draws[:, 1] / 5000 - 0.25) < 0.01  # the columns are not correlated
+    assert len({mix(a, b) for a in range(30) for b in range(30)}) == 900
+
+
+def test_a_finished_run_says_so_and_more_steps_continue(srcnn, config, capsys, tmp_path):
+    first = srcnn.train(config())
+    stamp = (tmp_path / "run" / "last.pt").stat().st_mtime_ns
+    assert srcnn.train(config()) == first
+    assert "Finished before" in capsys.readouterr().out and (tmp_path / "run" / "last.pt").stat().st_mtime_ns == stamp
+    assert srcnn.train(config(num_steps=11))["steps"] == 11
+
+
+def test_the_run_folder_is_complete(srcnn, config, tmp_path):
+    metrics = srcnn.train(config())
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    wanted = {"settings.json", "last.pt", "previous.pt", "best.pt", "log.jsonl", "metrics.json", "data.png", "curves.png"}
+    assert wanted | {"tensorboard", "code", "sample-000009.png"} <= names
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert {"psnr", "psnr_bicubic", "ssim", "steps", "seconds", "peak_memory_gib"} == set(metrics)
+    kept = {p.name.rsplit("-", 1)[0] for p in (tmp_path / "run" / "code").iterdir()}
+    assert kept == {"common", "train_ultrafast_srcnn"}
+    assert not [n for n in names if n.endswith(".part")]
+
+
+# --- kills and damage -------------------------------------------------------------------------------------------------
+def test_kill_9_at_random_moments_and_inside_writes(srcnn, config, images, tmp_path):
+    """Each restart continues, loses one save interval at most (a save follows every update), and the end is the same."""
+    srcnn.train(config(out_dir=str(tmp_path / "whole"), num_steps=20))
+    words = ["--data_dir", images, "--out_dir", tmp_path / "killed", *TINY, "--num_steps", 20, "--save_minutes", 0]
+    dice, seen, kills = random.Random(0), -1, 0
+    for _ in range(12):
+        words_now = command(*words, drive={"slow_write": 0.1} if kills < 4 else {})
+        process = subprocess.Popen(words_now, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines, done = [], threading.Event()
+
+        def read(process=process, lines=lines, done=done):
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("Before:"):
+                    done.set()
+            done.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        done.wait(60)
+        if kills < 4:
+            time.sleep(dice.uniform(0, 0.8))
+            process.kill()
+            kills += process.wait() == -signal.SIGKILL
+        process.wait()
+        reader.join()
+        text = "".join(lines)
+        start = int(m[1]) if (m := re.search(r"Continuing after update (\d+)", text)) else 0
+        assert start >= seen - 1, text  # what it had reached, less the update whose save was cut
+        steps = [int(n) for n in re.findall(r"^step (\d+)", text, re.M)]
+        seen = max([start, *steps])
+        if process.returncode == 0:
+            break
+    assert kills == 4 and process.returncode == 0, text
+    compare_runs(tmp_path / "killed", tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*.part"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_a_damaged_newest_file_falls_back_to_the_one_before(srcnn, config, tmp_path, monkeypatch, capsys, damage):
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            srcnn.train(config(save_minutes=0.0))
+    last = tmp_path / "run" / "last.pt"
+    data = bytearray(last.read_bytes())
+    assert checkpoint(tmp_path / "run", "previous.pt")["step"] < 5
+    data[len(data) // 2] ^= 16
+    last.write_bytes({"truncated": data[: len(data) // 2], "flipped": data, "empty": b"", "text": b"not a checkpoint"}[damage])
+    srcnn.train(config())
+    assert "last.pt is damaged" in capsys.readouterr().out and (tmp_path / "run" / "last.pt.damaged").exists()
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_two_damaged_files_are_a_sentence_and_nothing_is_deleted(srcnn, config, tmp_path):
+    srcnn.train(config())
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / name).write_bytes(b"")
+    with pytest.raises(RecipeError, match="No checkpoint .* can be read. --fresh"):
+        srcnn.train(config())
+    assert (tmp_path / "run" / "last.pt.damaged").exists() and (tmp_path / "run" / "previous.pt.damaged").exists()
+    with pytest.raises(RecipeError, match="No checkpoint .* can be read. --fresh"):
+        srcnn.train(config())  # and a second try does not start over either
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"parts": Bomb()}, tmp_path / "last.pt")
+    with pytest.raises(Exception, match="[Uu]nsupported|[Ww]eights"):
+        load_tensors(tmp_path / "last.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
+    write_aside(tmp_path / "a", lambda f: f.write(b"old"))
+
+    def breaks(f):
+        f.write(b"ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        write_aside(tmp_path / "a", breaks)
+    monkeypatch.setattr(os, "fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_aside(tmp_path / "a", lambda f: f.write(b"new"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_file_that_reads_back_wrong_never_takes_its_name(tmp_path, monkeypatch):
+    save_tensors(tmp_path / "a.pt", {"x": torch.arange(1000)})
+    torch_save = torch.save
+
+    def lies(state, f):  # a drive that says yes and keeps something else
+        torch_save(state, f)
+        f.seek(700)
+        f.write(b"\xff" * 64)
+        f.seek(0, 2)
+
+    monkeypatch.setattr(torch, "save", lies)
+    with pytest.raises(Exception, match="damaged|Bad|CRC|central"):
+        save_tensors(tmp_path / "a.pt", {"x": torch.zeros(1000)})
+    assert torch.equal(load_tensors(tmp_path / "a.pt")["x"], torch.arange(1000))
+
+
+# --- disks and folders ------------------------------------------------------------------------------------------------
+def test_too_little_space_is_told_before_training(srcnn, config, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RecipeError, match="Three checkpoints take .* GiB free. Free some space"):
+        srcnn.train(config())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
+def test_a_disk_that_is_full_is_a_sentence_and_loses_nothing(srcnn, config, images, tmp_path, monkeypatch):
+    words = ["--data_dir", images, "--out_dir", tmp_path / "run", *TINY]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            srcnn.train(config())
+    done = run(command(*words, drive={"full_after": 100_000}))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "Cannot write" in done.stderr and "run the same command again" in done.stderr
+    assert checkpoint(tmp_path / "run")["step"] == 4
+    srcnn.train(config())
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(srcnn, config, tmp_path, monkeypatch, capsys):
+    save, calls = common.save_tensors, []
+
+    def full(path, state):
+        calls.append(Path(path).name)
+        if 4 <= len(calls) <= 7 and Path(path).name == "next.pt":
+            raise OSError(28, "No space left on device")
+        save(path, state)
+
+    monkeypatch.setattr(common, "save_tensors", full)
+    metrics = srcnn.train(config(save_minutes=0.0))
+    assert metrics["steps"] == 9 and checkpoint(tmp_path / "run")["step"] == 9
+    assert "No space left on device. The checkpoint before it is whole. Training goes on" in capsys.readouterr().out
+
+
+def test_continue_from_a_read_only_folder(srcnn, config, tmp_path, monkeypatch):
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            srcnn.train(config(out_dir=str(tmp_path / "earlier")))
+    source = tmp_path / "earlier"
+    before = {p.name: p.read_bytes() for p in source.iterdir() if p.is_file()}
+    for path in [*source.rglob("*"), source]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    opened = []
+    real_open = open
+    monkeypatch.setattr("builtins.open", lambda f, mode="r", *a, **k: (opened.append((str(f), mode)), real_open(f, mode, *a, **k))[1])
+    srcnn.train(config(continue_from=str(source)))
+    assert not [f for f, mode in opened if str(source) in f and mode != "rb" and mode != "r"]  # root may write anywhere
+    assert {p.name: p.read_bytes() for p in source.iterdir() if p.is_file()} == before
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(RecipeError, match="holds no last.pt"):
+        srcnn.train(config(continue_from=str(tmp_path / "nowhere"), out_dir=str(tmp_path / "new")))
+
+
+def test_fresh_renames_the_old_folder(srcnn, config, tmp_path, capsys):
+    srcnn.train(config())
+    old = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file() and p.name != "lock"}
+    metrics = srcnn.train(config(fresh=True, num_steps=2))
+    assert metrics["steps"] == 2 and "run-old1" in capsys.readouterr().out
+    for name, data in old.items():
+        assert (tmp_path / "run-old1" / name).read_bytes() == data
+    srcnn.train(config(fresh=True, num_steps=2))
+    assert (tmp_path / "run-old2").is_dir()
+
+
+def test_a_folder_of_someone_elses_is_not_touched(srcnn, config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes(b"my thesis")
+    for change in ({}, {"fresh": True}):
+        with pytest.raises(RecipeError, match="nothing was touched. Choose another --out_dir"):
+            srcnn.train(config(**change))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"] and (tmp_path / "run" / "last.pt").read_bytes() == b"my thesis"
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["last.pt"]
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(RecipeError, match="nothing was touched"):
+        srcnn.train(config(out_dir=str(tmp_path / "file")))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(srcnn, config, images, tmp_path):
+    words = ["--data_dir", images, "--out_dir", tmp_path / "run", *TINY, "--num_steps", 100000]
+    first = subprocess.Popen(command(*words, drive={}), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("Before:") for line in first.stdout)
+        for change in ({}, {"fresh": True}):
+            with pytest.raises(RecipeError, match=f"in use by process {first.pid}"):
+                srcnn.train(config(num_steps=100000, **change))
+        first.send_signal(signal.SIGINT)
+        _, errors = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 130 and "Traceback" not in errors
+    assert srcnn.train(config(num_steps=checkpoint(tmp_path / "run")["step"]))["steps"] > 0  # the lock is free again
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_signals_save_and_name_the_command_that_continues(images, tmp_path, name, code):
+    words = ["--data_dir", images, "--out_dir", tmp_path / "run", *TINY, "--num_steps", 100000]
+    workers = ["--num_workers", "2"] if name == "SIGINT" else []  # a terminal's Ctrl-C reaches the workers too
+    process = subprocess.Popen(command(*words, *workers, drive={}), env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    try:
+        assert any(line.startswith("step 1") for line in process.stdout)
+        os.killpg(process.pid, getattr(signal, name)) if name == "SIGINT" else process.send_signal(getattr(signal, name))
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and "Traceback" not in errors, errors
+    step = int(re.search(rf"Stopped \({name}\) after update (\d+), which is saved", errors)[1])
+    assert checkpoint(tmp_path / "run")["step"] == step > 0
+    told = errors.rsplit("To continue: python ", 1)[1]
+    assert str(tmp_path / "run") in told and "--num_steps 100000" in told
+
+
+def test_a_second_ctrl_c_leaves_at_once(config, srcnn, monkeypatch):
+    step, seen = srcnn.train_step, []
+
+    def twice(parts, batch, cfg, run):
+        losses = step(parts, batch, cfg, run)
+        if run.step == 3:
+            seen.append(run.step)
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+            seen.append("late")
+        return losses
+
+    monkeypatch.setattr(srcnn, "train_step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        srcnn.train(config())
+    assert seen == [3]
+
+
+def test_a_stop_is_seen_in_evaluation_and_in_caching(srcnn, config, tmp_path, monkeypatch):
+    load_pair = srcnn.load_pair
+    monkeypatch.setattr(srcnn, "load_pair", lambda path, cfg: (os.kill(os.getpid(), signal.SIGTERM), load_pair(path, cfg))[1])
+    with pytest.raises(Stopped, match="after update 0"):
+        srcnn.train(config())
+    monkeypatch.setattr(srcnn, "load_pair", load_pair)
+    enlarge, calls = srcnn.enlarge, []
+
+    def slow(model, low, *more):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return enlarge(model, low, *more)
+
+    monkeypatch.setattr(srcnn, "enlarge", slow)
+    with pytest.raises(Stopped) as e:
+        srcnn.train(config())
+    step = int(re.search(r"after update (\d+)", str(e.value))[1])
+    assert checkpoint(tmp_path / "run")["step"] == step
+
+
+def test_what_a_run_changes_in_the_process_is_put_back(srcnn, config):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    flags = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    threads = threading.active_count()
+    srcnn.train(config(num_steps=1))
+    with pytest.raises(RecipeError):
+        srcnn.train(config(num_steps=2, seed=9))
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert flags == (torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision())
+    assert threading.active_count() <= threads + 1  # TensorBoard's writer ends on its own
+
+
+def test_the_rehearsal_finds_a_sampler_bug_before_update_1(srcnn, config, monkeypatch):
+    steps = []
+    step = srcnn.train_step
+    monkeypatch.setattr(srcnn, "train_step", lambda *a: (steps.append(1), step(*a))[1])
+    monkeypatch.setattr(srcnn, "picture", lambda *a, **k: 1 / 0 if len(a) > 1 and a[1][0] == "bicubic" else common.picture(*a, **k))
+    with pytest.raises(ZeroDivisionError):
+        srcnn.train(config())
+    assert steps == []
+
+
+def test_a_bug_in_hour_19_loses_nothing(srcnn, config, tmp_path, monkeypatch, capsys):
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        evaluate = srcnn.evaluate
+        patch.setattr(srcnn, "evaluate", lambda m, v, c, run: 1 / 0 if run.step == 7 else evaluate(m, v, c, run))
+        with pytest.raises(ZeroDivisionError):
+            srcnn.train(config())
+    assert "broke off after update 7, which is saved" in capsys.readouterr().out
+    srcnn.train(config())
+    same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
