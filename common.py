@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -150,8 +151,8 @@ def parse(config, doc="", argv=None):
     if argv is None:  # a notebook kernel's own argv is not ours
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
     fields, words, values = {f.name: f for f in dataclasses.fields(config)}, list(argv), {}
-    given = {n: (os.environ.get(n.upper()), f"The variable {n.upper()}") for n, f in fields.items() if "action" not in f.metadata}
-    given = {n: pair for n, pair in given.items() if pair[0]}
+    variables = {n: os.environ.get(n.upper()) for n, f in fields.items() if "action" not in f.metadata}
+    given = {n: (text, f"The variable {n.upper()}") for n, text in variables.items() if text}
     if given:
         say("From the environment: " + " ".join(f"{n.upper()}={text}" for n, (text, _) in given.items()))
     while words:
@@ -166,10 +167,11 @@ def parse(config, doc="", argv=None):
             near = difflib.get_close_matches(name, fields, 1)
             raise RecipeError(f"There is no setting {flag}{f'; did you mean --{near[0]}' if near else ''}. See --help all.", 2)
         if _kind(config, name) is bool and not equals:
-            text = words.pop(0) if words and words[0].lower() in YES_NO and not off else "0" if off else "1"
+            text = words.pop(0) if words and words[0].lower() in YES_NO and not off else "1"
         elif not equals and (not words or words[0].startswith("--")):
             raise RecipeError(f"{flag} needs a value: {fields[name].metadata['help']}.", 2)
-        given[name] = (text if equals or _kind(config, name) is bool else words.pop(0), flag)
+        text = text if equals or _kind(config, name) is bool else words.pop(0)
+        given[name] = (str(not YES_NO[text.lower()]) if off and text.lower() in YES_NO else text, flag)
     for name, (text, source) in given.items():
         kind = _kind(config, name)
         try:
@@ -196,7 +198,7 @@ def main(run, config, doc=""):
         cfg = parse(config, doc)
         if cfg is None:
             return None
-        cfg.head_start = process_age()
+        cfg.head_start = 0.0 if "ipykernel" in sys.modules else process_age()
         return run(cfg)
     except RecipeError as e:
         message, code = str(e), e.code
@@ -206,6 +208,12 @@ def main(run, config, doc=""):
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
             raise
         message, code = f"{e.filename or 'The disk'}: {e.strerror}. Mend that and run the same command again.", 1
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        message, code = f"Out of memory: {str(e).splitlines()[0]} Try a smaller --target_size or --batch_size.", 1
+    if os.environ.get("RANK", "0") != "0":
+        message = f"Process {os.environ['RANK']}: {message}"
     print(message, file=sys.stderr, flush=True)
     if "ipykernel" not in sys.modules:
         sys.exit(code)
@@ -248,13 +256,12 @@ def choose_device(name="auto", local_rank=0):
                 f"An NVIDIA card is here, but torch {torch.__version__} has no CUDA or cannot use the driver: this runs on the "
                 "processor. Install the CUDA build that pytorch.org/get-started names (plain pip on Windows brings none)."
             )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"--device is {name!r}; it takes auto, cpu, mps, cuda or cuda:1.", 2) from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise RecipeError(f"--device is {name!r}; it takes auto, cpu, mps on a Mac that has it, cuda or cuda:1.", 2)
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     if device.type != "cuda":
         return device, f"{device.type} with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    if (device.index or 0) >= cards:
+    if device.index >= cards:
         raise RecipeError(f"--device is {name!r}, but torch {torch.__version__} sees {cards} CUDA cards; try --device cpu.", 2)
     title, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     built, here = torch.cuda.get_arch_list(), 10 * major + minor
@@ -299,7 +306,7 @@ def choose_dtype(kind, capability=(0, 0), use_amp=None, amp_dtype="auto"):
 
 def is_out_of_memory(error):
     """Whether an exception means that memory ran out, on a GPU or in RAM."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 
@@ -467,7 +474,8 @@ class EMA:
     """
 
     def __init__(self, model, decay=0.999):
-        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+        modes = {id(p.fake_mode): p.fake_mode for p in model.parameters() if hasattr(p, "fake_mode")}  # of a planned run
+        self.model, self.decay, self.updates = copy.deepcopy(model, modes).eval().requires_grad_(False), decay, 0
 
     @torch.no_grad()
     def update(self, model):
@@ -580,7 +588,7 @@ class Items:
     """Decoded files by index: in RAM while they fit (`cached` says whether all do); a bad one's slot takes the next good.
 
     load(path) returns an array, or raises one of `UNREADABLE` for a file that cannot be used. Bad files are named;
-    RecipeError when they are more than a fifth.
+    RecipeError when they are more than a fifth (and than three).
     """
 
     def __init__(self, paths, load, what="training", check=lambda: None, share=0.5):
@@ -597,26 +605,43 @@ class Items:
                     told = time.monotonic()
                     say(f"Read {i} of {len(self.paths)} {what} files.")
         self.cached = room > 0
-        for why in list(self.bad.values())[:5]:
-            say(f"Bad {what} file, its place takes the next good one: {why}")
 
     def _read(self, i):
         try:
             return self.load(self.paths[i])
         except UNREADABLE as e:
             self.bad[i] = f"{self.paths[i]} ({e})"
-            if len(self.bad) * 5 > len(self.paths):
+            if len(self.bad) <= 5:
+                say(f"Bad {self.what} file, its place takes the next good one: {self.bad[i]}")
+            if len(self.bad) > max(3, len(self.paths) / 5) or len(self.bad) == len(self.paths):
                 few = "; ".join(list(self.bad.values())[:3])
                 raise RecipeError(f"{len(self.bad)} of {len(self.paths)} {self.what} files cannot be used: {few}.") from None
 
+    def __getstate__(self):
+        return vars(self) | {"kept": {}}  # a spawned worker reads for itself; a forked one shares the memory
+
     def __len__(self):
         return len(self.paths)
+
+    def __iter__(self):
+        """The good ones, each once."""
+        for i in range(len(self.paths)):
+            item = self.kept[i] if i in self.kept else self._read(i)
+            if item is not None:
+                yield item
 
     def __getitem__(self, i):
         for j in (k % len(self.paths) for k in range(i, i + len(self.paths))):
             item = self.kept[j] if j in self.kept else self._read(j)
             if item is not None:
                 return item
+
+
+def ignore_signals(worker):
+    """Worker set-up: a terminal's Ctrl-C reaches the workers too, but it is the run that decides when they end."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def as_is(batch):
@@ -667,7 +692,8 @@ def draw_curves(log, path):
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-KEPT = ("step", "progress", "best", "stale", "cut", "reserve", "rate_scale")  # what of a Run goes into its checkpoints
+KEPT = ("step", "progress", "was", "best", "stale", "judged", "settled", "cut", "reserve", "rate_scale")  # saved with a run
+CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")  # newest first; next.pt is last.pt on its way
 
 
 class Run:
@@ -697,7 +723,9 @@ class Run:
         self.step, self.progress, self.was, self.best, self.stale, self.cut = 0, 0.0, 0.0, {}, 0, None
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
         self.parts = self.data = self.board = self.bar = None
-        self.asked, self.saved, self.ddp, self.sums, self.stepping, self.settings = "", -1, {}, {}, False, {}
+        self.asked, self.saved, self.judged, self.ddp, self.sums, self.settings = "", -1, -1, {}, {}, {}
+        self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
+        self.settled = True
         folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
         self.folder = Path(folder).expanduser()
 
@@ -725,8 +753,9 @@ class Run:
             self.settings, past = read_json(self.folder / "settings.json"), read_json(self.folder / "clock.json")
             self.clock.before, self.clock.born = past.get("used", 0.0), past.get("born", self.clock.born)
             self._compare()
-            if not past and 0 < self.clock.deadline < time.time():
-                raise RecipeError(f"--deadline is {cfg.deadline!r}, which has passed; it is {time.strftime('%F %H:%M')} now.", 2)
+            started = any((self.folder / name).exists() for name in CHECKPOINTS)
+            if not started and 0 < self.clock.deadline < time.time():
+                raise RecipeError(f"--deadline is {cfg.deadline!r}; it has passed, now is {time.strftime('%F %H:%M')}.", 2)
             for name in ("SIGINT", "SIGTERM", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ():
                 if hasattr(signal, name):
                     undo.callback(signal.signal, getattr(signal, name), signal.signal(getattr(signal, name), self._on_signal))
@@ -745,7 +774,8 @@ class Run:
     def _open_folder(self, undo):
         """Check, make and lock the run folder; rename it for --fresh; fill it for --continue_from."""
         folder, theirs = self.folder, read_json(self.folder / "settings.json").get("recipe")
-        strangers = folder.is_file() or (folder.is_dir() and {p.name for p in folder.iterdir()} - {"lock", "clock.json", "code"})
+        inside = [p for p in folder.iterdir() if p.name != "lock" and p.suffix != ".part"] if folder.is_dir() else []
+        strangers = folder.is_file() or inside
         if strangers and theirs != self.recipe:
             what = f"a run of {theirs}" if theirs else "files that are not a run of this recipe"
             raise RecipeError(f"{folder} holds {what}; nothing was touched. Choose another --out_dir.", 2)
@@ -758,13 +788,18 @@ class Run:
         undo.callback(self._lock().release)
         for part in folder.glob(".*.part"):
             part.unlink()  # what a kill left of a write
+        if not (folder / "settings.json").exists():
+            write_json(folder / "settings.json", {"recipe": self.recipe})  # from now on the folder is known as ours
         source = Path(self.cfg.continue_from).expanduser()
-        if self.cfg.continue_from and not any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+        if self.cfg.continue_from and not any((folder / name).exists() for name in CHECKPOINTS[:2]):
             names = ("settings.json", "clock.json", "best.pt", "log.jsonl", "previous.pt", "last.pt")  # the last completes it
-            if not any((source / name).exists() for name in names[-2:]):
-                raise RecipeError(f"--continue_from {source} holds no last.pt; give the run folder of an earlier session.", 2)
+            theirs = read_json(source / "settings.json").get("recipe")
+            if theirs != self.recipe or not any((source / name).exists() for name in CHECKPOINTS):
+                what = f"a run of {theirs}" if theirs not in (None, self.recipe) else "no checkpoint"
+                raise RecipeError(f"--continue_from {source} holds {what}; give the run folder of an earlier session.", 2)
             for name in (n for n in names if (source / n).exists()):
-                write_aside(folder / name, lambda f, name=name: f.write((source / name).read_bytes()))
+                with open(source / name, "rb") as f:
+                    write_aside(folder / name, functools.partial(shutil.copyfileobj, f))
             say(f"Continuing the run of {source} in {folder}")
 
     def _lock(self):
@@ -781,9 +816,11 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         with self.undo:
-            if isinstance(error, Exception) and kind is not Stopped and self.parts and self.step > self.saved >= 0 and not self.stepping:
+            broke = isinstance(error, Exception) and kind is not Stopped
+            if broke and self.step > self.saved >= 0 and not self.stepping:
                 self.save(must=False)  # whatever went wrong, the weights between two updates are good
-                say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
+                if self.saved == self.step:
+                    say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
             for thing in (self.bar, self.board):
                 if thing:
                     thing.close()
@@ -802,21 +839,28 @@ class Run:
         if self.asked == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
-        print(f"\n{self.asked}: this update ends, then the run is saved. Ctrl-C again leaves at once.", file=sys.stderr, flush=True)
+        os.write(2, f"\n{self.asked}: this update ends, then the run is saved. Ctrl-C again leaves at once.\n".encode())
 
     def check(self):
         """Leave with a saved run when a signal or the session limit asks. For every long loop outside the updates."""
-        if self.clock.session and time.monotonic() - self.clock.start + self.reserve + self.step_time > self.clock.session:
-            self.asked = self.asked or "session limit"
-        if self.asked and self.world == 1:
+        if self._wanted() and self.world == 1:
             self._leave()
+
+    def _wanted(self):
+        spent = time.monotonic() - self.clock.start + self.reserve + self.step_time
+        if self.main and self.clock.session and spent > self.clock.session:
+            self.asked = self.asked or "session limit"
+        return bool(self.asked)
 
     def _leave(self):
         if self.parts and self.step > self.saved:
             self.save()
-        command = " ".join(shlex.quote(w) for w in ("python", *sys.argv) if w != "--fresh")
+        if self.world > 1:
+            torch.distributed.barrier()  # the first process is still writing
+        command = " ".join(shlex.quote(w) for w in ("python", *sys.argv) if not w.startswith("--fresh"))
         code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}.get(self.asked, 0)
-        raise Stopped(f"Stopped ({self.asked}) after update {self.step}, which is saved. To continue: {command}", code)
+        kept = f"after update {self.step}, which is saved" if self.saved >= 0 else "before the first update"
+        raise Stopped(f"Stopped ({self.asked}) {kept}. To continue: {command}", code)
 
     # - what must not change between sessions
     def _compare(self, derived=False):
@@ -830,8 +874,8 @@ class Run:
                 raise RecipeError(f"{f.name} was {before!r} in {self.folder} and is {now!r} now. {same}, {advice}", 2)
             say(f"{f.name} was {before!r} before and is {now!r} now.")
         if old and self.settings["samples"] != self.samples:
-            raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would take {self.samples} now. "
-                f"Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
+            raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would take {self.samples} "
+                f"now. Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
 
     def fix_files(self, name, records, root):
         """The records of this run's own file list, in its order; at the first start `records` become that list."""
@@ -840,7 +884,8 @@ class Run:
         for files, what in ((set(found) - set(kept), "new since the run began and not used"), (set(kept) - set(found), "gone")):
             if files:
                 say(f"{len(files)} {name} files are {what}, e.g. {min(files)}")
-        return [found.get(k, {"image": Path(root or ".") / k}) for k in kept]
+        here = [found[k] for k in kept if k in found]
+        return [found[k] if k in found else here[i % len(here)] for i, k in enumerate(kept)] if here else records
 
     # - checkpoints
     def resume(self, parts, data):
@@ -850,6 +895,7 @@ class Run:
         state = self._read()
         if state:
             self._apply(state)
+            self.clock.before, self.clock.born = max(self.clock.before, state["used"]), state["born"]
             say(f"Continuing after update {self.step}, {clock_text(self.clock.used())} used so far.")
         need, free = 3 * sum(t.nbytes for t in tensors_in(parts.state_dict())), shutil.disk_usage(self.folder).free
         if need > free and not state:
@@ -866,41 +912,59 @@ class Run:
                     target.parent.mkdir(exist_ok=True)
                     write_aside(target, lambda f, code=code: f.write(code))
         self._share()
+        if self.cut is not None and self.progress < self.cut:
+            self.cut, self.stale = None, 0  # the run was made longer
+        self.was = min(self.was, self.progress)
 
     def _read(self):
-        """The newest checkpoint that is whole, None where there is none at all; a damaged one is named and kept aside."""
-        names = [n for n in ("last.pt", "previous.pt") if (self.folder / n).exists()]
-        for name in names:
+        """The newest checkpoint that is whole, None where there is none at all; damaged ones are named and kept aside."""
+        damaged = []
+        for path in (self.folder / name for name in CHECKPOINTS):
             try:
-                return load_tensors(self.folder / name)
+                state = load_tensors(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, MemoryError):
+                raise  # not the file's fault
             except Exception as e:
-                say(f"{self.folder / name} is damaged ({e}); it is kept as {name}.damaged.")
-                with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    os.replace(self.folder / name, self.folder / f"{name}.damaged")
-        if names or list(self.folder.glob("*.damaged")):
+                damaged.append(path)
+                say(f"{path} is damaged ({e}).")
+                continue
+            for other in damaged if self.main else ():
+                os.replace(other, other.with_name(f"{other.name}.damaged"))
+            return state
+        if damaged:
             raise RecipeError(f"No checkpoint in {self.folder} can be read. --fresh starts over and keeps the folder.")
 
     def _apply(self, state):
         self.parts.load_state_dict(state["parts"])
         self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() and state["scaler"] else None
         vars(self).update({name: state[name] for name in KEPT})
-        self.saved, self.first, self.was = self.step, self.step, self.progress
-        self.clock.before, self.clock.born = max(self.clock.before, state["used"]), state["born"]
+        self.saved, self.first = self.step, self.step
 
     def save(self, must=True):
         """Write last.pt; the one before becomes previous.pt. A failure raises RecipeError, or is only said if not `must`."""
         state = {name: getattr(self, name) for name in KEPT} | {"used": self.clock.used(), "born": self.clock.born}
         state |= {"parts": self.parts.state_dict(), "scaler": self.scaler.state_dict()}
         new, last, self.saved_at = self.folder / "next.pt", self.folder / "last.pt", time.monotonic()
+
+        def write():
+            save_tensors(new, state)
+            if last.exists():
+                os.replace(last, self.folder / "previous.pt")
+            os.replace(new, last)
+
+        if self._write(write, must):
+            self.saved = self.step
+
+    def _write(self, write, must):
+        """Call write() in the first process; returns whether it went well. A failure raises only if it `must` not."""
         try:
             if self.main:
-                save_tensors(new, state)
-                if last.exists():
-                    os.replace(last, self.folder / "previous.pt")
-                os.replace(new, last)
-            self.saved = self.step
+                write()
+            return True
         except (OSError, RuntimeError, zipfile.BadZipFile) as e:
-            why = f"Cannot write {new}: {getattr(e, 'strerror', None) or e}. The checkpoint before it is whole."
+            why = f"Cannot write into {self.folder}: {getattr(e, 'strerror', None) or e}. What was written before is whole."
             if must:
                 raise RecipeError(f"{why} Mend that and run the same command again.") from e
             say(f"{why} Training goes on and tries again.")
@@ -919,13 +983,15 @@ class Run:
 
     def _share(self):
         """Move progress on. Processes agree here, once per update: on the first one's clock and anyone's wish to stop."""
-        late = self.clock.left(self.reserve) < self.step_time  # another update would not end in time
-        by_clock = 1.0 if late else self.clock.progress(self.reserve)
+        late, hurried = self.clock.left(self.reserve) < self.step_time, self.clock.left() < 2 * self.reserve
+        shared = [float(self._wanted()), 1.0 if late else self.clock.progress(self.reserve), float(hurried)]
         if self.world > 1:
-            shared = torch.tensor([float(bool(self.asked)), by_clock * self.main], device=self.device)
+            shared = torch.tensor([shared[0], *(v * self.main for v in shared[1:])], device=self.device)
             torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-            asked, by_clock = shared.tolist()
-            self.asked = self.asked or ("another process" if asked else "")
+            shared = shared.tolist()
+        self.leaving, by_clock, self.hurried = shared
+        if self.leaving:
+            self.asked = self.asked or "another process"
         by_steps = self.step / self.planned_steps if self.planned_steps else 1.0
         self.was, self.progress = self.progress, min(max(by_steps, by_clock), 1.0)
 
@@ -949,16 +1015,21 @@ class Run:
         while not self.over:
             stream = Stream(len(self.data), self.samples, self.cfg.seed, self.step, self.rank, self.world)
             loader = torch.utils.data.DataLoader(
-                self.data, batch_sampler=stream, collate_fn=as_is, num_workers=self.workers,
+                self.data, batch_sampler=stream, collate_fn=as_is, num_workers=self.workers, worker_init_fn=ignore_signals,
                 pin_memory=self.kind == "cuda", generator=torch.Generator().manual_seed(0), **more,
             )  # fmt: skip
             batches, self.rewound = iter(loader), False
             while not (self.over or self.rewound):
-                self.check()
-                if self.asked:
+                self.settled = True  # whatever belongs to the updates so far is done
+                if not self.bad and (self.saved < 0 or time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes):
+                    self.save(must=False)
+                if self.leaving or (self.asked and self.world == 1):
                     self._leave()
                 start = time.monotonic()
-                batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+                try:
+                    batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+                except RecipeError as e:  # from a worker: its sentence ends a traceback
+                    raise RecipeError(str(e).strip().splitlines()[-1].removeprefix("common.RecipeError: ")) from None
                 self.wait, self.index = self.wait + time.monotonic() - start, batch["index"]
                 torch.manual_seed(mix(self.cfg.seed, self.step))  # everything random in update k depends on (seed, k)
                 self.generator.manual_seed(mix(self.cfg.seed, self.step, "draw"))
@@ -985,7 +1056,7 @@ class Run:
     # - one update
     def autocast(self):
         """The autocast context of the forward pass."""
-        return torch.autocast(self.kind, self.dtype, enabled=self.dtype is not torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
     def finite(self, value):
         """Whether a tensor is finite throughout; True for a planned run, whose tensors hold nothing."""
@@ -997,12 +1068,13 @@ class Run:
             return model
         if id(model) not in self.ddp:
             ids = [self.device.index] if self.kind == "cuda" else None
-            self.ddp[id(model)] = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+            self.ddp[id(model)] = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
         return self.ddp[id(model)]
 
     def compile(self, model):
         """torch.compile in place where --compile asks for it; graphs that fail run eagerly."""
         if self.cfg.compile and not self.planned:
+            self.undo.callback(setattr, torch._dynamo.config, "suppress_errors", torch._dynamo.config.suppress_errors)
             torch._dynamo.config.suppress_errors = True
             model.compile()
         return model
@@ -1028,13 +1100,12 @@ class Run:
         losses["norm"] = torch.nn.utils.clip_grad_norm_(weights, clip or math.inf)
         good = self.finite(losses["norm"] + (losses["loss"] if self.world == 1 else 0))  # the norm is the same everywhere
         if good:
-            self.stepping, self.bad = True, 0
+            self.stepping = True  # until `advance` has counted it
             opt.step()
             if ema:
                 ema.update(model)
-            self.stepping = False
-        elif not (self.scaler.is_enabled() and self.finite(losses["loss"]) and self.scaler.get_scale() > 1):
-            self.bad += 1  # a GradScaler that still searches its scale overflows on purpose
+        elif not (self.scaler.is_enabled() and self.scaler.get_scale() > 1 and (self.world > 1 or self.finite(losses["loss"]))):
+            self.worse = True  # a GradScaler that still searches its scale overflows on purpose; that does not count
         if self.scaler.is_enabled():
             self.scaler.update()
         return losses
@@ -1068,9 +1139,9 @@ class Run:
                 half = max(1, math.ceil(self.micro / 2))
                 advice = f"--batch_size {half} --accumulate {math.ceil(self.cfg.batch_size * self.cfg.accumulate / half)}"
                 if self.micro == 1:
-                    raise RecipeError(f"Out of memory on {self.device_name} with one sample; a smaller --target_size may fit.") from e
+                    raise RecipeError(f"Out of memory on {self.device_name} with one sample; try a smaller --target_size.") from e
                 if self.world > 1 and not probe:
-                    raise RecipeError(f"Out of memory with {self.micro} samples per forward pass; run again with {advice}.") from e
+                    raise RecipeError(f"Out of memory with {self.micro} samples per forward pass; try {advice}.") from e
             out = totals = None  # outside the handler, so that nothing keeps the failed try's activations alive
             opt.zero_grad(set_to_none=True)
             if self.kind == "cuda":
@@ -1081,7 +1152,8 @@ class Run:
     # - after an update
     def advance(self, losses):
         """Count the update that gave `losses`: log it, save when due, go back when several in a row were not finite."""
-        self.step, self.count = self.step + 1, self.count + 1
+        self.step, self.count, self.bad = self.step + 1, self.count + 1, self.bad + 1 if self.worse else 0
+        self.stepping = self.settled = self.worse = False
         self.sums = {k: self.sums.get(k, 0) + v for k, v in losses.items()}
         if self.bad >= BAD_LIMIT:
             self._recover()
@@ -1090,22 +1162,22 @@ class Run:
         self._share()
         if now - self.logged_at >= HEARTBEAT or self.step - self.first == 1 or self.over:
             self._log(now)
-        if now - self.saved_at >= 60 * self.cfg.save_minutes:
-            self.save(must=False)
 
     def _recover(self):
         files = ", ".join(dict.fromkeys(str(self.data.name(i)) for i in self.index.tolist()))
         state = self._read() if self.rate_scale == 1 else None
         if not state:
-            raise RecipeError(f"Loss or gradient was not finite in {BAD_LIMIT} updates in a row, at a lower rate too. The last files: "
-                f"{files}. Look at them, or try a smaller --learning_rate or --no-use_amp.")  # fmt: skip
+            raise RecipeError(f"Loss or gradient was not finite in {BAD_LIMIT} updates in a row, at a lower rate too. The last "
+                f"files: {files}. Look at them, or try a smaller --learning_rate or --no-use_amp.")  # fmt: skip
         self._apply(state)
         self.rate_scale, self.bad, self.rewound, self.sums, self.count, self.began = 0.3, 0, True, {}, 0, time.monotonic()
-        say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step}, at 0.3 of the rate. The last files: {files}")
+        say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step}, at 0.3 of the rate. Last files: {files}")
 
     def due(self, every=None, at=()):
         """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`."""
         if every:
+            if self.hurried:
+                return False  # the ending evaluates, and there is no time for both
             return math.floor(self.progress / every + 1e-9) > math.floor(self.was / every + 1e-9)
         return any(self.was < mark <= self.progress + 1e-12 for mark in at)
 
@@ -1125,8 +1197,8 @@ class Run:
 
     def _log(self, now):
         seconds, count = max(now - self.logged_at, 1e-9), max(self.count, 1)
-        row = {"step": self.step, "lr": self.lr, "progress": self.progress, "seconds": self.clock.used(), "memory_gib": self.memory()}
-        row |= {"items_per_second": count * self.samples / seconds, "data_wait": self.wait / seconds}
+        row = {"step": self.step, "lr": self.lr, "progress": self.progress, "seconds": self.clock.used()}
+        row |= {"items_per_second": count * self.samples / seconds, "data_wait": self.wait / seconds, "memory_gib": self.memory()}
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         row |= {k: float(v) / count for k, v in self.sums.items()}
         total = f"/{self.planned_steps}" if self.planned_steps < math.inf else ""
@@ -1142,8 +1214,8 @@ class Run:
             say(line)
         self.record(row)
         if row["data_wait"] > 0.2 and self.step - self.first > count and not hasattr(self, "advised"):
-            self.advised = say(f"{row['data_wait']:.0%} of the time is waiting for data: try --num_workers {2 * self.workers + 2}, a "
-                "smaller --sample_ratio, or the files on a local disk.")  # fmt: skip
+            self.advised = say(f"{row['data_wait']:.0%} of the time is waiting for data: try --num_workers {2 * self.workers + 2}, "
+                "a smaller --sample_ratio, or the files on a local disk.")  # fmt: skip
         self.logged_at, self.wait, self.count, self.sums = now, 0.0, 0, {}
 
     def record(self, row):
@@ -1160,12 +1232,17 @@ class Run:
 
     def judge(self, name, metrics, weights, higher=True):
         """Record an evaluation; keep `weights` as best.pt where metrics[name] is the best so far; feed --patience."""
+        if self.judged == self.step or (self.rehearsing and self.step and self.settled and not self.over):
+            return  # a continued run's rehearsal must not count, unless the evaluation here was cut off
+        value = torch.tensor(float(metrics[name]), device=self.device, dtype=torch.float64 if self.kind != "mps" else None)
+        if self.world > 1:
+            torch.distributed.broadcast(value, 0)
+        self.judged, value = self.step, float(value)
         self.record({"step": self.step, "metric": name, **metrics})
-        if name not in self.best or (metrics[name] - self.best[name]) * (1 if higher else -1) > 0:
-            self.best, self.stale = {name: float(metrics[name]), "step": self.step}, 0
-            if self.main:
-                state = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best
-                save_tensors(self.folder / "best.pt", state)
+        if name not in self.best or (value - self.best[name]) * (1 if higher else -1) > 0:
+            self.best, self.stale = {name: value, "step": self.step}, 0
+            state = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best
+            self._write(lambda: save_tensors(self.folder / "best.pt", state), must=False)
         else:
             self.stale += 1
         if self.cut is None and self.step and self.stale >= (self.cfg.patience or math.inf):
@@ -1176,8 +1253,9 @@ class Run:
     def ending(self):
         """Time a recipe's ending (evaluate, sample, save, export). Every run rehearses it before update 1: that finds in
         minute 1 what would fail in hour 20, and tells how much time to hold back."""
-        start = time.monotonic()
+        start, self.rehearsing = time.monotonic(), True
         yield
+        self.rehearsing = False
         if self.main and (self.folder / "log.jsonl").exists():
             with contextlib.suppress(ImportError):
                 write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f))
@@ -1195,7 +1273,8 @@ class Run:
     @property
     def finished(self):
         """The metrics of a run that an earlier session finished and that its limits do not prolong now, else None."""
-        return read_json(self.folder / "metrics.json") or None if self.over else None
+        metrics = read_json(self.folder / "metrics.json")
+        return metrics if self.over and metrics.get("steps") == self.step else None
 
 
 def recipe_line(run):

@@ -52,10 +52,11 @@ except ImportError as e:
     if e.name != "common":
         raise
     raise SystemExit(
-        "This script needs common.py: copy it beside the script, or make one file with python tools/bundle.py train_ultrafast_srcnn.py"
+        "This script needs common.py: copy it beside the script, or make one file: python tools/bundle.py train_ultrafast_srcnn.py"
     ) from e
 
 RECIPE = "ultrafast_srcnn"
+CROPS = 16  # crops of each image in an epoch
 MARGIN = 4  # low-resolution pixels around a crop that its outermost output pixels depend on
 
 
@@ -66,21 +67,25 @@ class Config(Settings):
     target_size: int = opt(48, "high-resolution crop in pixels, a multiple of the scale", fixed=True, low=12)
     num_epochs: float = opt(40.0, "length of the run in passes over all pixels", everyday=True, low=0)
     learning_rate: float = opt(3e-3, "peak learning rate of SOAP", fixed=True, everyday=True, low=0)
-    upscale: str = opt("", "picture or folder to enlarge with the trained model", everyday=True, action=True)
+    upscale: str = opt("", "picture or folder to enlarge with the trained model", everyday=True, action=True)  # no training
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+def luma(image):
+    """uint8 [h, w, 3] -> Y of BT.601 as float32 [h, w] in 16..235, the luma of the published figures; gray stays gray."""
+    return image.astype(np.float32) if image.ndim == 2 else image @ np.float32([65.481, 128.553, 24.966]) / 255 + 16
+
+
 def load_item(path):
-    """EDIT HERE: one file -> luma as uint8 [height, width]. Y of BT.601 as in the published figures; gray stays gray."""
-    image = read_image(path)
-    return image if image.ndim == 2 else (image @ (np.array([65.481, 128.553, 24.966]) / 255) + 16.5).astype(np.uint8)
+    """EDIT HERE: one file -> uint8 [height, width], what is to be enlarged."""
+    return (luma(read_image(path)) + 0.5).astype(np.uint8)
 
 
 def textures(name, size=192):
     """A built-in picture as uint8 [size, size]: gratings, shapes and lines with sharp edges, drawn at 4x and averaged."""
     rng, big = np.random.default_rng(mix(name)), 4 * size
     y, x = np.mgrid[:big, :big] / big
-    angle, waves = rng.uniform(0, math.pi), rng.uniform(8, 30)
+    angle, waves = rng.uniform(0, math.pi), rng.uniform(3, 16)
     wave = np.sin(2 * math.pi * waves * (x * math.cos(angle) + y * math.sin(angle)) * (1 + 0.5 * x))
     sheet = Image.fromarray(np.uint8(128 + rng.uniform(20, 60) * (np.sign(wave) if rng.random() < 0.5 else wave)))
     draw = ImageDraw.Draw(sheet)
@@ -102,45 +107,47 @@ def shrink(hr, scale):
     return F.interpolate(hr, size, mode="bicubic", antialias=True).round().clamp(0, 255).byte()[0, 0].numpy()
 
 
-def load_pair(path, cfg):
-    """(high, low) uint8 [h, w] of a file; h and w are cut to multiples of the scale. ValueError where a crop does not fit."""
+def load_pair(path, cfg, smallest):
+    """(high, low) uint8 [h, w] of a file; h and w are cut to multiples of the scale. ValueError below `smallest` pixels."""
     hr, s = load_item(path) if isinstance(path, Path) else textures(path), cfg.scale
-    if min(hr.shape) < cfg.target_size:
-        raise ValueError(f"{hr.shape[1]} x {hr.shape[0]} pixels, smaller than the crop of {cfg.target_size}")
-    hr = hr[: hr.shape[0] // s * s, : hr.shape[1] // s * s]
-    return np.ascontiguousarray(hr), shrink(hr, s)
+    if min(hr.shape) < smallest:
+        raise ValueError(f"{hr.shape[1]} x {hr.shape[0]} pixels; it takes {smallest} at least")
+    hr = np.ascontiguousarray(hr[: hr.shape[0] // s * s, : hr.shape[1] // s * s])
+    return hr, shrink(hr, s)
 
 
 class Crops(torch.utils.data.Dataset):
-    """Random aligned crops with the eight flips and turns. An epoch holds as many as the images have pixels for."""
+    """Random aligned crops with the eight flips and turns; an epoch holds CROPS of each image."""
 
     def __init__(self, items, cfg):
         self.items, self.cfg, self.cached = items, cfg, items.cached
-        counts = [max(1, items[i][0].size // cfg.target_size**2) if items.cached else 16 for i in range(len(items))]
-        self.ends = np.cumsum(counts)
 
     def __len__(self):
-        return int(self.ends[-1])
+        return CROPS * len(self.items)
 
     def name(self, index):
-        return self.items.paths[int(np.searchsorted(self.ends, index, "right"))]
+        """The file of a sample, for messages."""
+        return self.items.paths[index // CROPS]
 
     def __getitems__(self, keys):
-        """[(epoch, index)] -> batch of lr [n, 1, crop / scale + 2 * MARGIN, ...] and hr [n, 1, crop, crop], both uint8."""
+        """The batch of (epoch, index) keys that `common.Stream` deals out, as uint8 tensors.
+
+        lr: [n, 1, low, low] with low = crop / scale + 2 * MARGIN; hr: [n, 1, crop, crop]; index: [n].
+        """
         s, size = self.cfg.scale, self.cfg.target_size // self.cfg.scale
         lows, highs = [], []
         for epoch, group in itertools.groupby(keys, key=lambda key: key[0]):
             index = [i for _, i in group]
             for i, (u, v, turn) in zip(index, uniforms(self.cfg.seed, epoch, index, 3)):
-                hr, lr = self.items[int(np.searchsorted(self.ends, i, "right"))]
-                top, left = int(u * (lr.shape[0] - size + 1)), int(v * (lr.shape[1] - size + 1))
+                hr, lr = self.items[i // CROPS]
+                top, left, turn = int(u * (lr.shape[0] - size + 1)), int(v * (lr.shape[1] - size + 1)), int(turn * 8)
                 rows = np.arange(top - MARGIN, top + size + MARGIN).clip(0, lr.shape[0] - 1)  # replicate at the edges
                 cols = np.arange(left - MARGIN, left + size + MARGIN).clip(0, lr.shape[1] - 1)
-                low, high = lr[rows[:, None], cols], hr[top * s : (top + size) * s, left * s : (left + size) * s]
-                turn = int(turn * 8)
-                low, high = (a.T if turn & 4 else a for a in (low, high))
-                lows.append(low[:: 1 - (turn & 2), :: 1 - 2 * (turn & 1)])
-                highs.append(high[:: 1 - (turn & 2), :: 1 - 2 * (turn & 1)])
+                pair = lr[rows[:, None], cols], hr[top * s : (top + size) * s, left * s : (left + size) * s]
+                low, high = (a.T if turn & 4 else a for a in pair)  # bits of turn: transpose, upside down, mirror
+                up, across = slice(None, None, -1 if turn & 2 else 1), slice(None, None, -1 if turn & 1 else 1)
+                lows.append(low[up, across])
+                highs.append(high[up, across])
         batch = {"lr": np.stack(lows)[:, None], "hr": np.stack(highs)[:, None], "index": np.array([i for _, i in keys])}
         return {k: torch.from_numpy(a) for k, a in batch.items()}
 
@@ -156,15 +163,18 @@ def open_data(cfg, run):
     else:
         say("No --data_dir: training on built-in textures, to try things out; figures count on real images only.")
         train, val = [f"train {i}" for i in range(24)], [f"val {i}" for i in range(6)]
-    data = Crops(Items(train, functools.partial(load_pair, cfg=cfg), check=run.check), cfg)
-    val = Items(val, functools.partial(load_pair, cfg=cfg), "validation", run.check)
+    pair = functools.partial(load_pair, cfg=cfg)
+    data = Crops(Items(train, functools.partial(pair, smallest=cfg.target_size), check=run.check), cfg)
+    val = Items(val, functools.partial(pair, smallest=11 + 2 * cfg.scale), "validation", run.check)  # SSIM's window
     batch = data.__getitems__([(0, i * len(data) // 12) for i in range(12)])
-    cells = [[hr[0].numpy(), lr[0, MARGIN:-MARGIN, MARGIN:-MARGIN].numpy()] for hr, lr in zip(batch["hr"], batch["lr"])]
+    cells = [
+        [lr[0, MARGIN:-MARGIN, MARGIN:-MARGIN].numpy().repeat(cfg.scale, 0).repeat(cfg.scale, 1), hr[0].numpy()]
+        for lr, hr in zip(batch["lr"], batch["hr"])
+    ]
+    sheet = picture([sum(cells[r : r + 4], []) for r in (0, 4, 8)], ["input", "target"] * 4, zoom=max(1, 144 // cfg.target_size))
     if run.main:
-        titles = ["target", "input"] * 4
-        sheet = picture([sum(cells[r : r + 4], []) for r in (0, 4, 8)], titles, zoom=3)
         write_aside(run.folder / "data.png", lambda f: sheet.save(f, "PNG"))
-    return data, [val[i] for i in range(len(val)) if i not in val.bad]
+    return data, val
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ class SRCNN(Upscaler):
         super().__init__(scale)
         self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 64, 9), nn.Conv2d(64, 32, k), nn.Conv2d(32, 1, 5)
         self.border = (k - 1) // 2 + 2
+        self.register_buffer("lift", lift_matrix(scale), persistent=False)  # for `patch_core`
         with torch.no_grad():  # one path starts as the identity: the first picture is the bicubic one, not noise
             for conv in (self.conv1, self.conv2):
                 nn.init.kaiming_normal_(conv.weight)
@@ -222,74 +233,14 @@ class SRCNN(Upscaler):
             for conv, middle in ((self.conv1, 4), (self.conv2, k // 2), (self.conv3, 2)):
                 conv.bias.zero_()
                 conv.weight[0, 0, middle, middle] = 1
-        # conv1 after the enlargement is linear in the low-resolution picture: this matrix [s^2, 81, reach^2] turns its
-        # 81 weights into those over the low-resolution neighbours of each of a pixel's s^2 subpixels
-        reach = 9 if scale == 2 else 7
-        unit = F.pad(torch.eye(reach**2).view(-1, 1, reach, reach), (4,) * 4)
-        wide, first = scale * (reach + 4) - 8, scale * (reach // 2 + 2) - 4
-        lift = F.unfold(self.bicubic(unit), 9).view(reach**2, 81, wide, wide)
-        lift = lift[:, :, first : first + scale, first : first + scale].permute(2, 3, 1, 0)
-        self.register_buffer("lift", lift.reshape(scale**2, 81, reach**2), persistent=False)
 
     def core(self, x):
         if self.fast:
-            return self.patch_core(x)
+            return patch_core(self, x)
         cut = 2 * self.scale - 4
         h = F.relu(self.conv1(self.bicubic(x)))
         h = h[..., cut : h.shape[-2] - cut, cut : h.shape[-1] - cut]
         return self.conv3(F.relu(self.conv2(h)))
-
-    def patch_core(self, x):
-        """The same function for processors, as matrix products over low-resolution patches.
-
-        A 9 x 9 convolution of one channel, and a 5 x 5 one to one channel, fit their convolution kernels badly; and the
-        patches of the enlargement would be s^2 times as many as those of the picture.
-        """
-        s, device, reach = self.scale, x.device.type, math.isqrt(self.lift.shape[2])
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        n, rows, cols = x.shape[0], x.shape[2] - 2 * MARGIN, x.shape[3] - 2 * MARGIN
-        trim = MARGIN - reach // 2
-        with torch.autocast(device, enabled=False):
-            x = x[:, 0, trim : x.shape[2] - trim, trim : x.shape[3] - trim].to(dtype)
-            patches = x.new_ones(n, rows, cols, reach**2 + 1)  # the last column is for the bias
-            patches[..., :-1].unflatten(-1, (reach, reach)).copy_(x.unfold(1, reach, 1).unfold(2, reach, 1))
-            weight = torch.einsum("oc,scr->sor", self.conv1.weight.flatten(1), self.lift)
-            weight = torch.cat([weight, self.conv1.bias.expand(s**2, 64)[..., None]], 2).flatten(0, 1).to(dtype)
-            h = F.linear(patches.flatten(0, 2), weight).relu_().view(-1, 64)  # rows: n, row, column, subpixel
-            if self.conv2.kernel_size[0] == 1:
-                h = F.linear(h, self.conv2.weight.flatten(1).to(dtype), self.conv2.bias.to(dtype)).relu_()
-            else:
-                h = h.view(n, rows, cols, s, s, 64).permute(0, 5, 1, 3, 2, 4)
-                h = h.reshape(n, 64, rows * s, cols * s).contiguous(memory_format=torch.channels_last)
-                h = F.relu(F.conv2d(h, self.conv2.weight.to(dtype), self.conv2.bias.to(dtype)))
-                rows, cols, s = h.shape[2], h.shape[3], 1
-                h = h.permute(0, 2, 3, 1).reshape(-1, 32)
-            taps = self.conv3.weight[0].flip(1, 2).flatten(1).t().to(dtype)
-            return TapSum.apply(h, taps, (n, rows, cols, s)) + self.conv3.bias
-
-
-class TapSum(torch.autograd.Function):
-    """A 5 x 5 convolution to one channel as a matrix product and a shifted sum.
-
-    h [n * rows * cols * s * s, channels] in the order of `patch_core`, taps [25, channels] (flipped), shape (n, rows,
-    cols, s) -> float32 [n, 1, rows * s - 4, cols * s - 4].
-    """
-
-    @staticmethod
-    def forward(ctx, h, taps, shape):
-        ctx.save_for_backward(h, taps)
-        ctx.shape = n, rows, cols, s = shape
-        maps = (h @ taps.t()).view(n, rows, cols, s, s, 25).permute(0, 5, 1, 3, 2, 4).float()
-        full = F.fold(maps.reshape(n, 25, -1), (rows * s + 4, cols * s + 4), 5)
-        return full[..., 4:-4, 4:-4]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (h, taps), (n, rows, cols, s) = ctx.saved_tensors, ctx.shape
-        windows = F.pad(grad[:, 0], (4,) * 4).to(h.dtype).unfold(1, 5, 1).unfold(2, 5, 1)
-        windows = windows.unflatten(2, (cols, s)).unflatten(1, (rows, s)).permute(0, 1, 3, 2, 4, 5, 6)
-        grad = windows.reshape(-1, 25)
-        return grad @ taps, grad.t() @ h, None
 
 
 class ESPCN(Upscaler):
@@ -311,6 +262,71 @@ class ESPCN(Upscaler):
 
 def make_model(cfg):
     return ESPCN(cfg.scale) if cfg.arch == "espcn" else SRCNN(cfg.scale, 5 if cfg.arch == "srcnn-955" else 1)
+
+
+# --- speed: skip this at first reading ----------------------------------------------------------------------------------
+def lift_matrix(scale):
+    """[scale^2, 81, reach^2]: from the 81 weights of a 9 x 9 convolution after the bicubic enlargement to those of the one
+    convolution that does both, over the reach x reach low-resolution neighbours of each of a pixel's subpixels."""
+    reach = 9 if scale == 2 else 7
+    unit = F.pad(torch.eye(reach**2).view(-1, 1, reach, reach), (4,) * 4)
+    wide, first = scale * (reach + 4) - 8, scale * (reach // 2 + 2) - 4
+    lift = F.unfold(F.pixel_shuffle(F.conv2d(unit, bicubic_taps(scale)), scale), 9).view(reach**2, 81, wide, wide)
+    return lift[:, :, first : first + scale, first : first + scale].permute(2, 3, 1, 0).reshape(scale**2, 81, reach**2)
+
+
+def patch_core(model, x):
+    """SRCNN.core for processors, as matrix products over low-resolution patches.
+
+    A 9 x 9 convolution of one channel, and a 5 x 5 one to one channel, fit their convolution kernels badly; and the
+    patches of the enlargement would be scale^2 times as many as those of the picture.
+    """
+    s, device = model.scale, x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    n, rows, cols = x.shape[0], x.shape[2] - 2 * MARGIN, x.shape[3] - 2 * MARGIN
+    with torch.autocast(device, enabled=False):
+        reach = math.isqrt(model.lift.shape[2])
+        trim = MARGIN - reach // 2
+        x = x[:, 0, trim : x.shape[2] - trim, trim : x.shape[3] - trim].to(dtype)
+        patches = x.new_ones(n, rows, cols, reach**2 + 1)  # the last column is for the bias
+        patches[..., :-1].unflatten(-1, (reach, reach)).copy_(x.unfold(1, reach, 1).unfold(2, reach, 1))
+        weight = torch.einsum("oc,scr->sor", model.conv1.weight.flatten(1), model.lift)
+        weight = torch.cat([weight, model.conv1.bias.expand(s**2, 64)[..., None]], 2).flatten(0, 1).to(dtype)
+        h = F.linear(patches.flatten(0, 2), weight).relu_().view(-1, 64)  # rows: n, row, column, subpixel
+        if model.conv2.kernel_size[0] == 1:
+            h = F.linear(h, model.conv2.weight.flatten(1).to(dtype), model.conv2.bias.to(dtype)).relu_()
+        else:
+            h = h.view(n, rows, cols, s, s, 64).permute(0, 5, 1, 3, 2, 4)
+            h = h.reshape(n, 64, rows * s, cols * s).contiguous(memory_format=torch.channels_last)
+            h = F.relu(F.conv2d(h, model.conv2.weight.to(dtype), model.conv2.bias.to(dtype)))
+            rows, cols, s = h.shape[2], h.shape[3], 1
+            h = h.permute(0, 2, 3, 1).reshape(-1, 32)
+        taps = model.conv3.weight[0].flip(1, 2).flatten(1).t().to(dtype)
+        return TapSum.apply(h, taps, (n, rows, cols, s)) + model.conv3.bias
+
+
+class TapSum(torch.autograd.Function):
+    """A 5 x 5 convolution to one channel as a matrix product and a shifted sum.
+
+    h [n * rows * cols * s * s, channels] in the order of `patch_core`, taps [25, channels] (flipped), shape (n, rows,
+    cols, s) -> float32 [n, 1, rows * s - 4, cols * s - 4].
+    """
+
+    @staticmethod
+    def forward(ctx, h, taps, shape):
+        ctx.save_for_backward(h, taps)
+        ctx.shape = n, rows, cols, s = shape
+        maps = (h @ taps.t()).view(n, rows, cols, s, s, 25).permute(0, 5, 1, 3, 2, 4).float()
+        full = F.fold(maps.reshape(n, 25, -1), (rows * s + 4, cols * s + 4), 5)
+        return full[..., 4:-4, 4:-4]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h, taps), (_, rows, cols, s) = ctx.saved_tensors, ctx.shape
+        windows = F.pad(grad[:, 0], (4,) * 4).to(h.dtype).unfold(1, 5, 1).unfold(2, 5, 1)
+        windows = windows.unflatten(2, (cols, s)).unflatten(1, (rows, s)).permute(0, 1, 3, 2, 4, 5, 6)
+        grad = windows.reshape(-1, 25)
+        return grad @ taps, grad.t() @ h, None
 
 
 class SOAP(torch.optim.Optimizer):
@@ -379,16 +395,14 @@ def enlarge(model, lr, tile=128):
     Works in tiles of `tile` low-resolution pixels that overlap as far as the network sees: the same as in one piece.
     """
     s, device = model.scale, next(model.parameters()).device
-    reach = MARGIN + -(-model.border // s)
-    x = torch.from_numpy(np.array(lr))[None, None].to(device).float() / 255
+    reach, x = MARGIN + -(-model.border // s), torch.from_numpy(np.array(lr))[None, None].float() / 255
     padded, out = F.pad(x, (reach,) * 4, mode="replicate"), x.new_empty(s * x.shape[2], s * x.shape[3])
     for top, left in itertools.product(range(0, x.shape[2], tile), range(0, x.shape[3], tile)):
-        part = model.core(padded[..., top : top + tile + 2 * reach, left : left + tile + 2 * reach])[0, 0].float()
-        cut = s * (reach - MARGIN) - model.border
+        part = padded[..., top : top + tile + 2 * reach, left : left + tile + 2 * reach].to(device)
+        part, cut = model.core(part)[0, 0].float(), s * (reach - MARGIN) - model.border
         part = part[cut : part.shape[0] - cut, cut : part.shape[1] - cut]
         out[s * top : s * top + part.shape[0], s * left : s * left + part.shape[1]] = part
-    plain = F.interpolate(x, out.shape, mode="bicubic", antialias=True)[0, 0]
-    return out.mul(255).cpu(), plain.mul(255).cpu()
+    return out * 255, F.interpolate(x, out.shape, mode="bicubic", antialias=True)[0, 0] * 255
 
 
 def evaluate(model, val, cfg, run):
@@ -405,7 +419,7 @@ def evaluate(model, val, cfg, run):
 def show(parts, val, cfg, run, size=120):
     """Write sample-<update>.png: bicubic, model, original; the middle of four validation images, twice enlarged."""
     rows = []
-    for high, low in val[:4]:
+    for high, low in itertools.islice(val, 4):
         top, left = max(0, (high.shape[0] - size) // 2), max(0, (high.shape[1] - size) // 2)
         ours, plain = (t.round().clamp(0, 255).byte().numpy() for t in enlarge(parts.ema.model, low))
         rows.append([a[top : top + size, left : left + size] for a in (plain, ours, high)])
@@ -441,7 +455,10 @@ def export(model, folder):
 def build(cfg, run):
     """Model, EMA and optimizer with its state, on the run's device."""
     torch.manual_seed(cfg.seed)
-    model = make_model(cfg).to(run.device, memory_format=torch.channels_last)
+    with run.device:
+        model = make_model(cfg)
+    for p in model.parameters():
+        p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
     parts = Parts(model=model, ema=EMA(model, 0.999), opt=SOAP(model.parameters(), cfg.learning_rate))
     model.fast = run.kind == "cpu"
     run.compile(model)
@@ -472,7 +489,7 @@ def train_step(parts, batch, cfg, run):
 @torch.no_grad()
 def eval_step(parts, cfg, run):
     """The largest evaluation: one tile with its surroundings."""
-    side = 128 + 2 * (MARGIN + 2)
+    side = 128 + 2 * (MARGIN + 2)  # what `enlarge` has on the device at once
     return parts.ema.model.core(torch.zeros(1, 1, side, side, device=run.device))
 
 
@@ -492,7 +509,8 @@ def verdict(gain):
     """One line at 5 % of the run: does it learn?"""
     if gain > 0.1:
         return f"5 % of the run: it learns, {gain:.2f} dB above bicubic already."
-    return f"5 % of the run: only {gain:+.2f} dB against bicubic. Are the images sharp originals? Else try a third of the --learning_rate."
+    advice = "Are the images sharp originals? If they are, try a third of the --learning_rate."
+    return f"5 % of the run: only {gain:+.2f} dB against bicubic. {advice}"
 
 
 def train(cfg):
@@ -505,7 +523,7 @@ def train(cfg):
             say(f"Finished before: {run.finished}. A longer --num_epochs or --time_budget continues it, --fresh starts over.")
             return run.finished
         metrics = wrap_up(parts, val, cfg, run)
-        say(f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {len(val)} validation images.")
+        say(f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {len(val) - len(val.bad)} validation images.")
         for batch in run.batches():
             run.advance(train_step(parts, batch, cfg, run))
             if run.due(every=0.05) and not run.over:
@@ -518,8 +536,8 @@ def train(cfg):
                 show(parts, val, cfg, run)
         metrics = run.finish(wrap_up(parts, val, cfg, run))
         say(
-            f"{metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, SSIM {metrics['ssim']:.4f} on {len(val)} images "
-            f"after {run.step} updates. Pictures, model.pt and model.onnx are in {run.folder}"
+            f"{metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, SSIM {metrics['ssim']:.4f} on "
+            f"{len(val) - len(val.bad)} images after {run.step} updates. Pictures, model.pt and model.onnx are in {run.folder}"
         )
         return metrics
 
@@ -537,8 +555,9 @@ def load(run_dir, device="cpu"):
 
 def upscale(cfg):
     """Enlarge a picture or a folder with a trained model into <run folder>/upscaled; returns the paths written."""
-    run = Run(cfg, RECIPE)
-    folder = run.folder if cfg.out_dir or run.folder.with_name(RECIPE).exists() is False else run.folder.with_name(RECIPE)
+    run, folder = Run(cfg, RECIPE), Path("results") / RECIPE
+    if cfg.out_dir or not folder.exists():
+        folder = run.folder  # named, or the one of the built-in data
     model, source = load(folder, run.device), Path(cfg.upscale).expanduser()
     files, done = [source] if source.is_file() else find_images(source, "pictures to enlarge"), []
     for path in files:
@@ -563,8 +582,7 @@ def upscale_image(model, image):
     """uint8 [h, w] or [h, w, 3] -> the same, scale times as large: the luma by the model, the colours by bicubic."""
     if image.ndim == 2:
         return enlarge(model, image)[0].round().clamp(0, 255).byte().numpy()
-    luma = image @ (np.array([65.481, 128.553, 24.966], np.float32) / 255) + 16
-    ours, plain = enlarge(model, luma.astype(np.float32))
+    ours, plain = enlarge(model, luma(image))
     x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     colour = F.interpolate(x, plain.shape, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     out = colour + (ours - plain)[..., None] * (255 / 219)  # a change of luma changes the three channels alike

@@ -120,7 +120,7 @@ def test_a_used_up_budget_does_no_update_and_still_exports(srcnn, config, clock,
 
 
 def test_a_passed_deadline_is_an_error(srcnn, config, clock):
-    with pytest.raises(RecipeError, match="which has passed"):
+    with pytest.raises(RecipeError, match="it has passed"):
         srcnn.train(config(deadline="2020-01-01 00:00"))
 
 

@@ -61,7 +61,7 @@ def test_out_of_memory_gives_the_bits_of_the_smaller_micro_batch(srcnn, config, 
 
 def test_one_sample_that_does_not_fit_is_a_sentence(srcnn, config, monkeypatch):
     out_of_memory_above(monkeypatch, srcnn, 0)
-    with pytest.raises(RecipeError, match="with one sample; a smaller --target_size"):
+    with pytest.raises(RecipeError, match="with one sample; try a smaller --target_size"):
         srcnn.train(config())
 
 
@@ -85,12 +85,12 @@ def poison(value):
 def test_a_non_finite_batch_changes_nothing(step, srcnn, config, value):
     fresh = srcnn.build(config(batch_size=8), Run(config(batch_size=8)))
     parts, losses, run = step(change=poison(value))
-    assert not math.isfinite(losses["loss"]) and run.bad == 1
+    assert not math.isfinite(losses["loss"]) and run.worse
     for part in ("model", "ema"):
         same(getattr(parts, part).state_dict(), getattr(fresh, part).state_dict())
     same(parts.opt.state_dict()["state"], fresh.opt.state_dict()["state"])
     good, _, run = step()
-    assert run.bad == 0 and good.ema.updates == 1 and good.opt.state_dict()["state"][0]["step"] == 1
+    assert not run.worse and good.ema.updates == 1 and good.opt.state_dict()["state"][0]["step"] == 1
 
 
 def test_a_scaler_that_searches_its_scale_is_not_counted(step):
@@ -100,7 +100,7 @@ def test_a_scaler_that_searches_its_scale_is_not_counted(step):
 
     parts, losses, run = step(change=change)
     assert math.isfinite(losses["loss"]) and not math.isfinite(losses["norm"])
-    assert run.bad == 0 and run.scaler.get_scale() == 2.0**126
+    assert not run.worse and run.scaler.get_scale() == 2.0**126
 
 
 def nan_updates(monkeypatch, srcnn, when):
