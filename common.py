@@ -8,12 +8,14 @@ Copy this file beside the script that you copy, or make one file of the two: pyt
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import difflib
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -320,6 +322,15 @@ def free_memory():
     return min(limits, default=4 * 2**30)
 
 
+def keep_freed_memory():
+    """Tell the C library (glibc) not to give freed memory back to the system: a training step frees and takes the same
+    blocks each time, and to fault their pages in anew cost a third of a plain fp32 step on a virtual machine's CPU."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 # --- randomness -------------------------------------------------------------------------------------------------------
 def mix(*numbers):
     """A 63-bit seed from numbers or texts; neighbouring inputs give unrelated seeds."""
@@ -339,30 +350,27 @@ def uniforms(seed, epoch, index, count):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+@functools.lru_cache(4)
+def epoch_order(n, seed, epoch):
+    """The shuffled order of n samples in an epoch: a pure function, so that resuming needs no state."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 class Stream(torch.utils.data.Sampler):
     """Endless batches of (epoch, index). Update k holds samples k*G to (k+1)*G of the shuffled epochs laid end to end.
 
-    A pure function of (seed, update): resuming needs no state. Each of `world` processes takes its slice of the G.
+    Each of `world` processes takes its slice of the G = `per_update`.
     """
 
     def __init__(self, n, per_update, seed, start=0, rank=0, world=1):
         self.n, self.per_update, self.seed, self.start = n, per_update, seed, start
-        self.rank, self.share, self.orders = rank, per_update // world, {}
-
-    def order(self, epoch):
-        """The permutation of an epoch; the newest few are kept."""
-        if epoch not in self.orders:
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1}
-            self.orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-        return self.orders[epoch]
+        self.rank, self.share = rank, per_update // world
 
     def __iter__(self):
-        k = self.start
-        while True:
+        for k in itertools.count(self.start):
             first = k * self.per_update + self.rank * self.share
             places = (divmod(p, self.n) for p in range(first, first + self.share))
-            yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
-            k += 1
+            yield [(epoch, int(epoch_order(self.n, self.seed, epoch)[i])) for epoch, i in places]
 
 
 # --- clock ------------------------------------------------------------------------------------------------------------
@@ -669,30 +677,32 @@ def draw_curves(log, path):
     """Draw the loss and the judged metric of a log.jsonl, all sessions together, into one PNG picture."""
     from matplotlib.figure import Figure
 
-    rows = []
-    for line in Path(log).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            while rows and rows[-1]["step"] > row["step"]:
-                rows.pop()  # what a killed session did after its last checkpoint was done again
-            rows.append(row)
+    rows = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = {(row["step"], "metric" in row): row for row in rows}  # what a killed session did was done again
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    judged = [r for r in rows if "metric" in r]
-    name = judged[-1]["metric"] if judged else ""
-    lines = [(axes[0], "loss", "-")]
-    lines += [(axes[1], k, "-" if k == name else "--") for k in (judged[-1] if judged else {}) if k.startswith(name)]
-    for axis, key, style in lines:
-        points = [(r["step"], r[key]) for r in rows if key in r]
-        axis.plot(*zip(*points), style, label=key) if points else None
-        axis.set(xlabel="update", ylabel="training loss" if key == "loss" else name)
-    if judged:
-        axes[1].legend()
+    for axis, judged in zip(figure.subplots(1, 2), (False, True)):
+        part = [row for (_, is_judged), row in sorted(rows.items()) if is_judged == judged]
+        for key in (k for k in (part[-1] if part else ()) if k.startswith(part[-1].get("metric", "loss"))):
+            axis.plot([row["step"] for row in part], [row.get(key, math.nan) for row in part], label=key)
+        axis.set(xlabel="update", ylabel=part[-1].get("metric", "training loss") if part else "")
+        axis.legend() if part else None
     figure.savefig(path, dpi=110, format="png")
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-KEPT = ("step", "progress", "was", "best", "stale", "judged", "settled", "cut", "reserve", "rate_scale")  # saved with a run
+KEPT = (
+    "step",
+    "progress",
+    "was",
+    "best",
+    "stale",
+    "judged",
+    "settled",
+    "cut",
+    "begin",
+    "reserve",
+    "rate_scale",
+)  # saved with a run
 CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")  # newest first; next.pt is last.pt on its way
 
 
@@ -717,10 +727,12 @@ class Run:
             self.device, self.device_name = choose_device(cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
             self.kind = self.device.type
             capability = torch.cuda.get_device_capability(self.device) if self.kind == "cuda" else capability
-        self.dtype, self.dtype_why = choose_dtype(self.kind, capability, cfg.use_amp, cfg.amp_dtype)
+        self.dtype, why = choose_dtype(self.kind, capability, cfg.use_amp, cfg.amp_dtype)
+        name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        self.title = f"{recipe}: {self.device_name}, {name} ({why})"
         self.scaler = torch.amp.GradScaler(self.kind, enabled=self.dtype is torch.float16 and not self.planned)
         self.generator = torch.Generator(self.device)
-        self.step, self.progress, self.was, self.best, self.stale, self.cut = 0, 0.0, 0.0, {}, 0, None
+        self.step, self.progress, self.was, self.begin, self.best, self.stale, self.cut = 0, 0.0, 0.0, 0.0, {}, 0, None
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
         self.parts = self.data = self.board = self.bar = None
         self.asked, self.saved, self.judged, self.ddp, self.sums, self.settings = "", -1, -1, {}, {}, {}
@@ -733,6 +745,8 @@ class Run:
     def __enter__(self):
         with contextlib.ExitStack() as undo:  # what is opened here is closed here, should a later line raise
             cfg, head_start = self.cfg, getattr(self.cfg, "head_start", 0.0)
+            if self.kind == "cpu":
+                keep_freed_memory()
             self.clock = Clock(duration(cfg.time_budget), moment(cfg.deadline), duration(cfg.session_limit), head_start)
             cfg.head_start = 0.0
             if self.world > 1 and not torch.distributed.is_initialized():
@@ -765,7 +779,7 @@ class Run:
                 beat.start()
                 undo.callback(lambda: (done.set(), beat.join()))
             say(
-                f"{recipe_line(self)}; {self.samples} samples per update = {cfg.batch_size} x {cfg.accumulate} x {self.world} "
+                f"{self.title}; {self.samples} samples per update = {cfg.batch_size} x {cfg.accumulate} x {self.world} "
                 f"process{'es' * (self.world > 1)}; folder {self.folder}"
             )
             self.undo = undo.pop_all()
@@ -897,12 +911,8 @@ class Run:
             self._apply(state)
             self.clock.before, self.clock.born = max(self.clock.before, state["used"]), state["born"]
             say(f"Continuing after update {self.step}, {clock_text(self.clock.used())} used so far.")
-        need, free = 3 * sum(t.nbytes for t in tensors_in(parts.state_dict())), shutil.disk_usage(self.folder).free
-        if need > free and not state:
-            raise RecipeError(f"Three checkpoints take {need / 2**30:.2f} GiB, but {self.folder} has {free / 2**30:.2f} GiB "
-                "free. Free some space or choose an --out_dir on another disk.")  # fmt: skip
         self.settings |= {"recipe": self.recipe, "settings": dataclasses.asdict(self.cfg), "samples": self.samples}
-        self.settings |= {"device": recipe_line(self), "torch": torch.__version__, "command": shlex.join(sys.argv)}
+        self.settings |= {"device": self.title, "torch": torch.__version__, "command": shlex.join(sys.argv)}
         if self.main:
             write_json(self.folder / "settings.json", self.settings)
             for module in {sys.modules.get(type(self.cfg).__module__), sys.modules[Run.__module__]}:
@@ -973,11 +983,10 @@ class Run:
     @property
     def planned_steps(self):
         """Updates that --num_steps or --num_epochs ask for; infinity where only the clock ends the run."""
-        plain = {f.name: f.default for f in dataclasses.fields(self.cfg)}
-        asked = {n for n in plain if getattr(self.cfg, n) != plain[n]} | getattr(self.cfg, "given", set())
         if self.cfg.num_steps:
             return self.cfg.num_steps
-        if (self.clock.budget or self.clock.deadline) and "num_epochs" not in asked:
+        given = "num_epochs" in getattr(self.cfg, "given", ()) or self.cfg.num_epochs != type(self.cfg).num_epochs
+        if (self.clock.budget or self.clock.deadline) and not given:
             return math.inf
         return math.ceil(self.cfg.num_epochs * len(self.data) / self.samples)
 
@@ -1006,11 +1015,19 @@ class Run:
             from tqdm import tqdm
 
             self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar}| {desc}", dynamic_ncols=True)
+        size, free = (self.folder / "last.pt").stat().st_size if self.saved == 0 else 0, shutil.disk_usage(self.folder).free
+        if 2 * size > free:  # next to the one that the rehearsal wrote
+            raise RecipeError(
+                f"A run keeps three checkpoints of {size / 2**20:.0f} MB each, but {self.folder} has {free / 2**20:.0f} MB free. "
+                "Free some space or choose an --out_dir on another disk."
+            )
         self.workers = self.cfg.num_workers
         if self.workers < 0:
             self.workers = 0 if getattr(self.data, "cached", False) else min(4, os.cpu_count() or 1)
         self.logged_at = self.saved_at = self.began = time.monotonic()
         self.wait, self.count, self.first = 0.0, 0, self.step
+        if self.step == 0:
+            self.begin = self.progress  # reading the data and the rehearsal took time; warming up begins here
         more = {"persistent_workers": True, "prefetch_factor": 4} if self.workers else {}
         while not self.over:
             stream = Stream(len(self.data), self.samples, self.cfg.seed, self.step, self.rank, self.world)
@@ -1046,7 +1063,8 @@ class Run:
 
     def anneal(self, opt, shape="cosine", warmup=0.05, floor=0.0):
         """Set the learning rates of `opt`: each group's `peak` (default: --learning_rate) times `schedule` of the progress."""
-        factor = self.rate_scale * schedule(self.progress if self.cut is None else self.cut, shape, warmup, floor)
+        trained = ((self.progress if self.cut is None else self.cut) - self.begin) / max(1 - self.begin, 1e-9)
+        factor = self.rate_scale * schedule(trained, shape, warmup, floor)
         if self.cut is not None:  # patience struck: from the rate it had, straight down over a last tenth
             factor *= max(0.0, 1 - (self.progress - self.cut) / max(min(0.1 * self.cut, 1 - self.cut), 1e-9))
         for group in opt.param_groups:
@@ -1139,7 +1157,9 @@ class Run:
                 half = max(1, math.ceil(self.micro / 2))
                 advice = f"--batch_size {half} --accumulate {math.ceil(self.cfg.batch_size * self.cfg.accumulate / half)}"
                 if self.micro == 1:
-                    raise RecipeError(f"Out of memory on {self.device_name} with one sample; try a smaller --target_size.") from e
+                    raise RecipeError(
+                        f"Out of memory on {self.device_name} with one sample; try a smaller --target_size."
+                    ) from e
                 if self.world > 1 and not probe:
                     raise RecipeError(f"Out of memory with {self.micro} samples per forward pass; try {advice}.") from e
             out = totals = None  # outside the handler, so that nothing keeps the failed try's activations alive
@@ -1171,7 +1191,9 @@ class Run:
                 f"files: {files}. Look at them, or try a smaller --learning_rate or --no-use_amp.")  # fmt: skip
         self._apply(state)
         self.rate_scale, self.bad, self.rewound, self.sums, self.count, self.began = 0.3, 0, True, {}, 0, time.monotonic()
-        say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step}, at 0.3 of the rate. Last files: {files}")
+        say(
+            f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step}, at 0.3 of the rate. Last files: {files}"
+        )
 
     def due(self, every=None, at=()):
         """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`."""
@@ -1198,7 +1220,11 @@ class Run:
     def _log(self, now):
         seconds, count = max(now - self.logged_at, 1e-9), max(self.count, 1)
         row = {"step": self.step, "lr": self.lr, "progress": self.progress, "seconds": self.clock.used()}
-        row |= {"items_per_second": count * self.samples / seconds, "data_wait": self.wait / seconds, "memory_gib": self.memory()}
+        row |= {
+            "items_per_second": count * self.samples / seconds,
+            "data_wait": self.wait / seconds,
+            "memory_gib": self.memory(),
+        }
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         row |= {k: float(v) / count for k, v in self.sums.items()}
         total = f"/{self.planned_steps}" if self.planned_steps < math.inf else ""
@@ -1275,17 +1301,3 @@ class Run:
         """The metrics of a run that an earlier session finished and that its limits do not prolong now, else None."""
         metrics = read_json(self.folder / "metrics.json")
         return metrics if self.over and metrics.get("steps") == self.step else None
-
-
-def recipe_line(run):
-    """One line about what a run runs on: recipe, device, precision and why."""
-    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[run.dtype]
-    return f"{run.recipe}: {run.device_name}, {name} ({run.dtype_why})"
-
-
-def tensors_in(state):
-    """All tensors in nested dicts and lists."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    for value in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
-        yield from tensors_in(value)

@@ -4,9 +4,9 @@
 # ///
 """Train SRCNN super-resolution (9-1-5, 9-5-5 or the faster ESPCN; x2, x3, x4) on a folder of images, in minutes.
 
-    python train_ultrafast_srcnn.py --data_dir photos --scale 3 --time_budget 5m
-    python train_ultrafast_srcnn.py                          # try it out: built-in textures, about a minute
-    python train_ultrafast_srcnn.py --upscale PICTURE_OR_FOLDER
+python train_ultrafast_srcnn.py --data_dir photos --scale 3 --time_budget 5m
+python train_ultrafast_srcnn.py                          # try it out: built-in textures, about a minute
+python train_ultrafast_srcnn.py --upscale PICTURE_OR_FOLDER
 """
 
 import copy
@@ -82,8 +82,8 @@ def load_item(path):
 
 
 def textures(name, size=192):
-    """A built-in picture as uint8 [size, size]: gratings, shapes and lines with sharp edges, drawn at 4x and averaged."""
-    rng, big = np.random.default_rng(mix(name)), 4 * size
+    """A built-in picture as uint8 [size, size]: gratings, shapes and lines with sharp edges, drawn at 3x and averaged."""
+    rng, big = np.random.default_rng(mix(name)), 3 * size
     y, x = np.mgrid[:big, :big] / big
     angle, waves = rng.uniform(0, math.pi), rng.uniform(3, 16)
     wave = np.sin(2 * math.pi * waves * (x * math.cos(angle) + y * math.sin(angle)) * (1 + 0.5 * x))
@@ -171,7 +171,9 @@ def open_data(cfg, run):
         [lr[0, MARGIN:-MARGIN, MARGIN:-MARGIN].numpy().repeat(cfg.scale, 0).repeat(cfg.scale, 1), hr[0].numpy()]
         for lr, hr in zip(batch["lr"], batch["hr"])
     ]
-    sheet = picture([sum(cells[r : r + 4], []) for r in (0, 4, 8)], ["input", "target"] * 4, zoom=max(1, 144 // cfg.target_size))
+    sheet = picture(
+        [sum(cells[r : r + 4], []) for r in (0, 4, 8)], ["input", "target"] * 4, zoom=max(1, 144 // cfg.target_size)
+    )
     if run.main:
         write_aside(run.folder / "data.png", lambda f: sheet.save(f, "PNG"))
     return data, val
@@ -221,7 +223,8 @@ class SRCNN(Upscaler):
         super().__init__(scale)
         self.conv1, self.conv2, self.conv3 = nn.Conv2d(1, 64, 9), nn.Conv2d(64, 32, k), nn.Conv2d(32, 1, 5)
         self.border = (k - 1) // 2 + 2
-        self.register_buffer("lift", lift_matrix(scale), persistent=False)  # for `patch_core`
+        self.register_buffer("lift", lift_matrix(scale), persistent=False)  # both for `patch_core`
+        self.register_buffer("spread", spread_matrix(scale if k == 1 else 1), persistent=False)
         with torch.no_grad():  # one path starts as the identity: the first picture is the bicubic one, not noise
             for conv in (self.conv1, self.conv2):
                 nn.init.kaiming_normal_(conv.weight)
@@ -275,6 +278,13 @@ def lift_matrix(scale):
     return lift[:, :, first : first + scale, first : first + scale].permute(2, 3, 1, 0).reshape(scale**2, 81, reach**2)
 
 
+def spread_matrix(s):
+    """[s^2, 25, (s + 4)^2]: where each of the 25 taps of a 5 x 5 convolution lies in the s + 4 wide window of outputs that
+    the s x s subpixels of a pixel reach."""
+    taps = torch.eye(25).view(25, 5, 5)
+    return torch.stack([F.pad(taps, (j, s - 1 - j, i, s - 1 - i)).flatten(1) for i in range(s) for j in range(s)])
+
+
 def patch_core(model, x):
     """SRCNN.core for processors, as matrix products over low-resolution patches.
 
@@ -284,9 +294,9 @@ def patch_core(model, x):
     s, device = model.scale, x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     n, rows, cols = x.shape[0], x.shape[2] - 2 * MARGIN, x.shape[3] - 2 * MARGIN
+    reach = math.isqrt(model.lift.shape[2])
+    trim = MARGIN - reach // 2
     with torch.autocast(device, enabled=False):
-        reach = math.isqrt(model.lift.shape[2])
-        trim = MARGIN - reach // 2
         x = x[:, 0, trim : x.shape[2] - trim, trim : x.shape[3] - trim].to(dtype)
         patches = x.new_ones(n, rows, cols, reach**2 + 1)  # the last column is for the bias
         patches[..., :-1].unflatten(-1, (reach, reach)).copy_(x.unfold(1, reach, 1).unfold(2, reach, 1))
@@ -300,33 +310,11 @@ def patch_core(model, x):
             h = h.reshape(n, 64, rows * s, cols * s).contiguous(memory_format=torch.channels_last)
             h = F.relu(F.conv2d(h, model.conv2.weight.to(dtype), model.conv2.bias.to(dtype)))
             rows, cols, s = h.shape[2], h.shape[3], 1
-            h = h.permute(0, 2, 3, 1).reshape(-1, 32)
-        taps = model.conv3.weight[0].flip(1, 2).flatten(1).t().to(dtype)
-        return TapSum.apply(h, taps, (n, rows, cols, s)) + model.conv3.bias
-
-
-class TapSum(torch.autograd.Function):
-    """A 5 x 5 convolution to one channel as a matrix product and a shifted sum.
-
-    h [n * rows * cols * s * s, channels] in the order of `patch_core`, taps [25, channels] (flipped), shape (n, rows,
-    cols, s) -> float32 [n, 1, rows * s - 4, cols * s - 4].
-    """
-
-    @staticmethod
-    def forward(ctx, h, taps, shape):
-        ctx.save_for_backward(h, taps)
-        ctx.shape = n, rows, cols, s = shape
-        maps = (h @ taps.t()).view(n, rows, cols, s, s, 25).permute(0, 5, 1, 3, 2, 4).float()
-        full = F.fold(maps.reshape(n, 25, -1), (rows * s + 4, cols * s + 4), 5)
-        return full[..., 4:-4, 4:-4]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (h, taps), (_, rows, cols, s) = ctx.saved_tensors, ctx.shape
-        windows = F.pad(grad[:, 0], (4,) * 4).to(h.dtype).unfold(1, 5, 1).unfold(2, 5, 1)
-        windows = windows.unflatten(2, (cols, s)).unflatten(1, (rows, s)).permute(0, 1, 3, 2, 4, 5, 6)
-        grad = windows.reshape(-1, 25)
-        return grad @ taps, grad.t() @ h, None
+            h = h.permute(0, 2, 3, 1)
+        taps = torch.einsum("ct,sto->osc", model.conv3.weight[0].flip(1, 2).flatten(1), model.spread).flatten(1)
+        windows = F.linear(h.reshape(n, rows * cols, s * s * 32), taps.to(dtype)).transpose(1, 2).float()
+        full = F.fold(windows, (rows * s + 4, cols * s + 4), s + 4, stride=s)
+        return full[..., 4:-4, 4:-4] + model.conv3.bias
 
 
 class SOAP(torch.optim.Optimizer):
@@ -448,7 +436,9 @@ def export(model, folder):
     again = ReferenceEvaluator(onnx.load(folder / "model.onnx")).run(None, {"luma": x.numpy()})[0]
     gap = float(np.abs(again - plain(x).detach().numpy()).max())
     if not gap < 1e-4:
-        raise RecipeError(f"model.onnx differs from the model by {gap:.1e}; use model.pt, and another version of onnx or torch.")
+        raise RecipeError(
+            f"model.onnx differs from the model by {gap:.1e}; use model.pt, and another version of onnx or torch."
+        )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -523,7 +513,9 @@ def train(cfg):
             say(f"Finished before: {run.finished}. A longer --num_epochs or --time_budget continues it, --fresh starts over.")
             return run.finished
         metrics = wrap_up(parts, val, cfg, run)
-        say(f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {len(val) - len(val.bad)} validation images.")
+        say(
+            f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {len(val) - len(val.bad)} validation images."
+        )
         for batch in run.batches():
             run.advance(train_step(parts, batch, cfg, run))
             if run.due(every=0.05) and not run.over:

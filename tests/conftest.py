@@ -75,6 +75,14 @@ def same(a, b, where=""):
         assert a == b, where
 
 
+def tensors_in(state):
+    """All tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ():
+        yield from tensors_in(value)
+
+
 def checkpoint(folder, name="last.pt"):
     return torch.load(Path(folder) / name, weights_only=True)
 
@@ -93,5 +101,12 @@ def environment(**changes):
 def run(words, cwd=None, timeout=120, **changes):
     """Run a command; returns the finished process with its output as text."""
     return subprocess.run(
-        words, cwd=cwd, env=environment(**changes), timeout=timeout, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        words,
+        cwd=cwd,
+        env=environment(**changes),
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )

@@ -224,7 +224,7 @@ def test_a_file_that_reads_back_wrong_never_takes_its_name(tmp_path, monkeypatch
 def test_too_little_space_is_told_before_training(srcnn, config, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RecipeError, match="Three checkpoints take .* GiB free. Free some space"):
+    with pytest.raises(RecipeError, match="keeps three checkpoints of .* MB free. Free some space"):
         srcnn.train(config())
 
 
@@ -271,7 +271,9 @@ def test_continue_from_a_read_only_folder(srcnn, config, tmp_path, monkeypatch):
         path.chmod(0o555 if path.is_dir() else 0o444)
     opened = []
     real_open = open
-    monkeypatch.setattr("builtins.open", lambda f, mode="r", *a, **k: (opened.append((str(f), mode)), real_open(f, mode, *a, **k))[1])
+    monkeypatch.setattr(
+        "builtins.open", lambda f, mode="r", *a, **k: (opened.append((str(f), mode)), real_open(f, mode, *a, **k))[1]
+    )
     srcnn.train(config(continue_from=str(source)))
     assert not [f for f, mode in opened if str(source) in f and mode != "rb" and mode != "r"]  # root may write anywhere
     assert {p.name: p.read_bytes() for p in source.iterdir() if p.is_file()} == before
@@ -306,7 +308,9 @@ def test_a_folder_of_someone_elses_is_not_touched(srcnn, config, tmp_path):
 
 def test_a_second_run_in_the_same_folder_is_refused(srcnn, config, images, tmp_path):
     words = ["--data_dir", images, "--out_dir", tmp_path / "run", *TINY, "--num_steps", 100000]
-    first = subprocess.Popen(command(*words, drive={}), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command(*words, drive={}), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert any(line.startswith("Before:") for line in first.stdout)
         for change in ({}, {"fresh": True}):
@@ -362,7 +366,9 @@ def test_a_second_ctrl_c_leaves_at_once(config, srcnn, monkeypatch):
 
 def test_a_stop_is_seen_in_evaluation_and_in_caching(srcnn, config, tmp_path, monkeypatch):
     load_pair = srcnn.load_pair
-    monkeypatch.setattr(srcnn, "load_pair", lambda path, **more: (os.kill(os.getpid(), signal.SIGTERM), load_pair(path, **more))[1])
+    monkeypatch.setattr(
+        srcnn, "load_pair", lambda path, **more: (os.kill(os.getpid(), signal.SIGTERM), load_pair(path, **more))[1]
+    )
     with pytest.raises(Stopped, match="before the first update"):
         srcnn.train(config())
     monkeypatch.setattr(srcnn, "load_pair", load_pair)
@@ -397,7 +403,9 @@ def test_the_rehearsal_finds_a_sampler_bug_before_update_1(srcnn, config, monkey
     steps = []
     step = srcnn.train_step
     monkeypatch.setattr(srcnn, "train_step", lambda *a: (steps.append(1), step(*a))[1])
-    monkeypatch.setattr(srcnn, "picture", lambda *a, **k: 1 / 0 if len(a) > 1 and a[1][0] == "bicubic" else common.picture(*a, **k))
+    monkeypatch.setattr(
+        srcnn, "picture", lambda *a, **k: 1 / 0 if len(a) > 1 and a[1][0] == "bicubic" else common.picture(*a, **k)
+    )
     with pytest.raises(ZeroDivisionError):
         srcnn.train(config())
     assert steps == []

@@ -70,6 +70,15 @@ def test_half_the_speed_at_40_percent_still_ends_annealed_and_inside(srcnn, conf
     assert metrics["seconds"] == pytest.approx(clock.now - start, abs=1)
 
 
+def test_a_slow_start_does_not_eat_the_warm_up(srcnn, config, clock, updates, monkeypatch):
+    open_data = srcnn.open_data
+    monkeypatch.setattr(srcnn, "open_data", lambda *a: (clock.pass_(60), open_data(*a))[1])
+    start = clock.now
+    srcnn.train(config(num_steps=0, time_budget="4m"))
+    assert updates.rates[0] < 0.02 * max(updates.rates) and max(updates.rates) == pytest.approx(0.003, rel=0.01)
+    assert updates.rates[-1] <= 0.01 * max(updates.rates) and 210 < clock.now - start <= 240
+
+
 def test_steps_limit_a_timed_run_only_where_given(srcnn, config, clock, updates):
     assert srcnn.train(config(num_steps=5, time_budget="10m"))["steps"] == 5
 

@@ -132,7 +132,9 @@ def test_wrong_folders_are_sentences(tmp_path, case):
 
 def test_tables(tmp_path):
     save(tmp_path / "a.png", RAMP)
-    (tmp_path / "t.csv").write_text("image,mask,label,split,group\na.png,m/a.png,cat,train,p1\nb.png,,dog,val,p2\n", encoding="utf-8")
+    (tmp_path / "t.csv").write_text(
+        "image,mask,label,split,group\na.png,m/a.png,cat,train,p1\nb.png,,dog,val,p2\n", encoding="utf-8"
+    )
     rows = read_table(tmp_path / "t.csv")
     assert rows[0]["image"] == tmp_path / "a.png" and rows[0]["mask"] == tmp_path / "m" / "a.png" and rows[1]["label"] == "dog"
     for text, part in (("", "no rows"), ("file,label\na.png,1\n", "file, label")):

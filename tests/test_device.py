@@ -96,7 +96,9 @@ def test_cpu_precision_follows_the_processor(monkeypatch, has, dtype):
 def test_run_says_in_its_first_line_what_it_chose(config, srcnn, capsys):
     srcnn.train(config(num_steps=1))
     line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith("ultrafast_srcnn: cpu with 1 threads, fp32 (half precision is off); 3 samples per update = 3 x 1 x 1")
+    assert line.startswith(
+        "ultrafast_srcnn: cpu with 1 threads, fp32 (half precision is off); 3 samples per update = 3 x 1 x 1"
+    )
 
 
 def test_second_card_is_told_with_the_torchrun_line(card, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, command, run
+from conftest import REAL, command, run, tensors_in
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,7 +29,9 @@ def noisy_model(arch, scale):
     return model.eval()
 
 
-@pytest.mark.parametrize("arch, scale, count", [("srcnn", 3, 8129), ("srcnn-955", 3, 57281), ("espcn", 4, 24752), ("espcn", 2, 21284)])
+@pytest.mark.parametrize(
+    "arch, scale, count", [("srcnn", 3, 8129), ("srcnn-955", 3, 57281), ("espcn", 4, 24752), ("espcn", 2, 21284)]
+)
 def test_parameter_counts_are_the_published_ones(arch, scale, count):
     assert sum(p.numel() for p in noisy_model(arch, scale).parameters()) == count
 
@@ -218,7 +220,7 @@ def test_the_contract_runs_on_fake_tensors(arch, kind):
         losses = recipe.train_step(parts, recipe.example_batch(cfg, run), cfg, run)
         shape = recipe.eval_step(parts, cfg, run).shape
     assert losses["loss"].shape == losses["norm"].shape == () and shape[-1] >= 128 * 3
-    assert all(t.numel() for t in common.tensors_in(parts.opt.state_dict()["state"][0]["mean"]))
+    assert all(t.numel() for t in tensors_in(parts.opt.state_dict()["state"][0]["mean"]))
 
 
 def test_example_batch_has_the_shapes_of_a_real_one(images):

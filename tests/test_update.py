@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import checkpoint, command, run, same
+from conftest import checkpoint, command, run, same, tensors_in
 
 import common
 from common import RecipeError, Run
@@ -126,7 +126,7 @@ def test_bad_updates_for_good_stop_and_name_the_files(srcnn, config, monkeypatch
     nan_updates(monkeypatch, srcnn, lambda k, scale: k >= 3)
     with pytest.raises(RecipeError, match=r"not finite in 5 updates in a row, at a lower rate too.*\d\.png"):
         srcnn.train(config(num_steps=12))
-    for tensor in common.tensors_in(checkpoint(tmp_path / "run")["parts"]):
+    for tensor in tensors_in(checkpoint(tmp_path / "run")["parts"]):
         assert torch.isfinite(tensor.float()).all()
 
 
@@ -164,5 +164,5 @@ def test_two_processes_give_the_weights_of_one(srcnn, config, images, tmp_path, 
     assert "4 samples per update = 2 x 1 x 2 processes" in done.stdout and done.stdout.count("Before:") == 1
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert one["step"] == two["step"] == 12
-    for a, b in zip(common.tensors_in(one["parts"]["model"]), common.tensors_in(two["parts"]["model"])):
+    for a, b in zip(tensors_in(one["parts"]["model"]), tensors_in(two["parts"]["model"])):
         assert (a - b).abs().max() < 1e-6

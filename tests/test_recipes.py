@@ -1,0 +1,109 @@
+"""What every recipe promises, at one point each; SRCNN has the full matrix in the other files."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, checkpoint, command, environment, run, same
+
+import common
+
+sys.path.insert(0, str(ROOT / "tools"))
+from bundle import bundle  # noqa: E402
+
+# recipe -> flags that make a run of some seconds on built-in data; a recipe that lands adds its line here
+RECIPES = {"train_ultrafast_srcnn": ["--target_size", "24", "--batch_size", "2", "--num_steps", "4"]}
+CONTRACT = ["Config", "build", "example_batch", "train_step", "eval_step", "train", "load"]
+recipes = pytest.mark.parametrize("recipe", RECIPES)
+
+
+def flags(recipe, folder, *more):
+    return [*RECIPES[recipe], "--no-use_amp", "--device", "cpu", "--out_dir", str(folder), *more]
+
+
+def test_every_script_is_in_the_list():
+    scripts = {p.stem for p in ROOT.glob("train_*.py")} | {p.stem for p in ROOT.glob("finetune_*.py")}
+    assert scripts == set(RECIPES)
+
+
+@recipes
+def test_head_and_contract(recipe):
+    source = (ROOT / f"{recipe}.py").read_text(encoding="utf-8")
+    assert source.startswith("# /// script\n# requires-python")
+    module = importlib.import_module(recipe)
+    assert all(callable(getattr(module, name)) for name in CONTRACT)
+    assert issubclass(module.Config, common.Settings) and source.count("# EDIT HERE") + source.count('"""EDIT HERE') == 2
+    loop = next(n for n in ast.parse(source).body if getattr(n, "name", "") == "train")
+    assert loop.end_lineno - loop.lineno < 60  # it fits on one screen
+    assert all(f.metadata["help"] for f in module.Config.__dataclass_fields__.values())
+    everyday = [n for n, f in module.Config.__dataclass_fields__.items() if f.metadata.get("everyday")]
+    assert 8 <= len(everyday) <= 12
+
+
+@recipes
+def test_without_common_it_names_the_two_ways_out(recipe, tmp_path):
+    (tmp_path / f"{recipe}.py").write_bytes((ROOT / f"{recipe}.py").read_bytes())
+    done = run([sys.executable, f"{recipe}.py"], cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "copy it beside the script" in done.stderr and f"tools/bundle.py {recipe}.py" in done.stderr
+    (tmp_path / "common.py").write_text("import no_such_package\n")
+    done = run([sys.executable, f"{recipe}.py"], cwd=tmp_path, PYTHONPATH="")
+    assert "no_such_package" in done.stderr and "copy it beside" not in done.stderr
+
+
+@recipes
+def test_the_bundle_runs_alone_as_a_script_and_as_a_notebook_cell(recipe, tmp_path):
+    text = bundle(ROOT / f"{recipe}.py")
+    compile(text, recipe, "exec")
+    assert "from common" not in text.replace("# --- from common.py", "") and text.count("# --- the recipe") == 1
+    source = (ROOT / f"{recipe}.py").read_text(encoding="utf-8")
+    assert source[source.index("\nclass ") :] in text  # the recipe itself is untouched
+    (tmp_path / "one.py").write_text(text, encoding="utf-8")
+    done = run([sys.executable, "one.py", *flags(recipe, "run")], cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0 and (tmp_path / "run" / "metrics.json").exists(), done.stderr
+    (tmp_path / "cell.py").write_text(
+        "import sys, types\nsys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"
+        "sys.argv = ['ipykernel_launcher.py', '-f', 'kernel.json']\ndel __file__\n"
+        "exec(compile(open('one.py', encoding='utf-8').read(), '<cell>', 'exec'), sys.modules['__main__'].__dict__)\n"
+    )
+    words = flags(recipe, "cell")
+    settings = {w[2:].upper(): v for w, v in zip(words, words[1:]) if w.startswith("--") and not v.startswith("--")}
+    done = run([sys.executable, "cell.py"], cwd=tmp_path, PYTHONPATH="", **settings)
+    assert done.returncode == 0 and (tmp_path / "cell" / "metrics.json").exists(), done.stderr
+    assert "From the environment:" in done.stdout
+
+
+@recipes
+def test_a_killed_run_continues_bit_for_bit(recipe, tmp_path):
+    whole = run(command(*flags(recipe, tmp_path / "whole"), recipe=recipe, drive={}))
+    assert whole.returncode == 0, whole.stderr
+    words = command(*flags(recipe, tmp_path / "run", "--save_minutes", "0"), recipe=recipe, drive={"slow_write": 0.2})
+    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert any(re.match(r"step [12]\b", line) for line in process.stdout)
+    finally:
+        process.kill()
+    assert process.wait() == -9
+    again = run(command(*flags(recipe, tmp_path / "run"), recipe=recipe, drive={}))
+    assert again.returncode == 0, again.stderr
+    same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
+
+
+@recipes
+def test_help_is_fast(recipe):
+    """At most 1.3 times `import torch`, by processor time in the same minute; the least of three."""
+
+    def seconds(*words):
+        times = []
+        for _ in range(3):
+            before = os.times()
+            assert subprocess.run([sys.executable, *words], env=environment(), capture_output=True).returncode == 0
+            after = os.times()
+            times.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        return min(times)
+
+    assert seconds(str(ROOT / f"{recipe}.py"), "--help") < 1.3 * seconds("-c", "import torch")
