@@ -888,8 +888,8 @@ class Run:
                 raise RecipeError(f"{f.name} was {before!r} in {self.folder} and is {now!r} now. {same}, {advice}", 2)
             say(f"{f.name} was {before!r} before and is {now!r} now.")
         if old and self.settings["samples"] != self.samples:
-            raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would take {self.samples} "
-                f"now. Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
+            raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would now take "
+                f"{self.samples}. Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
 
     def fix_files(self, name, records, root):
         """The records of this run's own file list, in its order; at the first start `records` become that list."""
@@ -1018,7 +1018,7 @@ class Run:
         size, free = (self.folder / "last.pt").stat().st_size if self.saved == 0 else 0, shutil.disk_usage(self.folder).free
         if 2 * size > free:  # next to the one that the rehearsal wrote
             raise RecipeError(
-                f"A run keeps three checkpoints of {size / 2**20:.0f} MB each, but {self.folder} has {free / 2**20:.0f} MB free. "
+                f"A run keeps three checkpoints of {size / 2**20:.0f} MB each; {self.folder} has {free / 2**20:.0f} MB free. "
                 "Free some space or choose an --out_dir on another disk."
             )
         self.workers = self.cfg.num_workers
@@ -1196,12 +1196,12 @@ class Run:
         )
 
     def due(self, every=None, at=()):
-        """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`."""
-        if every:
-            if self.hurried:
-                return False  # the ending evaluates, and there is no time for both
-            return math.floor(self.progress / every + 1e-9) > math.floor(self.was / every + 1e-9)
-        return any(self.was < mark <= self.progress + 1e-12 for mark in at)
+        """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`.
+
+        Never in the last moments of a timed run: the ending evaluates, and there is no time for both.
+        """
+        repeated = every and math.floor(self.progress / every + 1e-9) > math.floor(self.was / every + 1e-9)
+        return not self.hurried and bool(repeated or any(self.was < mark <= self.progress + 1e-12 for mark in at))
 
     def memory(self):
         """Peak memory of this process in GiB, the GPU's or else RAM; 0 where the system does not tell."""
@@ -1240,8 +1240,8 @@ class Run:
             say(line)
         self.record(row)
         if row["data_wait"] > 0.2 and self.step - self.first > count and not hasattr(self, "advised"):
-            self.advised = say(f"{row['data_wait']:.0%} of the time is waiting for data: try --num_workers {2 * self.workers + 2}, "
-                "a smaller --sample_ratio, or the files on a local disk.")  # fmt: skip
+            advice = f"--num_workers {2 * self.workers + 2}, a smaller --sample_ratio, or the files on a local disk"
+            self.advised = say(f"{row['data_wait']:.0%} of the time is waiting for data. Try {advice}.")
         self.logged_at, self.wait, self.count, self.sums = now, 0.0, 0, {}
 
     def record(self, row):

@@ -52,7 +52,8 @@ except ImportError as e:
     if e.name != "common":
         raise
     raise SystemExit(
-        "This script needs common.py: copy it beside the script, or make one file: python tools/bundle.py train_ultrafast_srcnn.py"
+        "This script needs common.py: copy it beside the script, or make one file of both: "
+        "python tools/bundle.py train_ultrafast_srcnn.py"
     ) from e
 
 RECIPE = "ultrafast_srcnn"
@@ -368,9 +369,9 @@ def psnr(a, b):
 def ssim(a, b):
     """SSIM of two float pictures [h, w] in 0..255, 11 x 11 Gaussian window of sigma 1.5, no padding (Wang et al., 2004)."""
     g = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = (torch.outer(g, g) / g.sum() ** 2)[None, None]
-    a, b = a.double()[None, None], b.double()[None, None]
-    ma, mb, aa, bb, ab = (F.conv2d(x, window) for x in (a, b, a * a, b * b, a * b))
+    a, b, g = a.double(), b.double(), (g / g.sum()).view(1, 1, 11, 1)
+    maps = torch.stack([a, b, a * a, b * b, a * b])[:, None]
+    ma, mb, aa, bb, ab = F.conv2d(F.conv2d(maps, g), g.transpose(2, 3))
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     top = (2 * ma * mb + c1) * (2 * (ab - ma * mb) + c2)
     return float((top / ((ma**2 + mb**2 + c1) * (aa - ma**2 + bb - mb**2 + c2))).mean())
@@ -465,7 +466,7 @@ def example_batch(cfg, run):
 
 def train_step(parts, batch, cfg, run):
     """One update from a batch of `Crops`; returns `loss` and `norm` as scalar tensors."""
-    run.anneal(parts.opt)
+    run.anneal(parts.opt, warmup=0.1)
     net, cut = run.net(parts.model), parts.model.border
 
     def loss_fn(part):
@@ -514,11 +515,11 @@ def train(cfg):
             return run.finished
         metrics = wrap_up(parts, val, cfg, run)
         say(
-            f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {len(val) - len(val.bad)} validation images."
+            f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, {len(val) - len(val.bad)} validation images."
         )
         for batch in run.batches():
             run.advance(train_step(parts, batch, cfg, run))
-            if run.due(every=0.05) and not run.over:
+            if run.due(every=0.1, at=(0.05,)) and not run.over:
                 metrics = evaluate(parts.ema.model, val, cfg, run)
                 run.judge("psnr", metrics, parts.ema.model.state_dict())
                 say(f"step {run.step}: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB")

@@ -109,7 +109,7 @@ def test_a_deadline_counts_idle_gaps(srcnn, config, clock, updates):
     clock.idle += 200
     metrics = srcnn.train(config(**cfg))
     assert end - 30 < clock.time() <= end + 1
-    assert metrics["steps"] < 250 and updates.rates[before + 1] < 0.6 * max(updates.rates)
+    assert metrics["steps"] < 250 and updates.rates[before + 1] < 0.6 * 0.003
     assert updates.rates[-1] <= 0.01 * max(updates.rates)
 
 
@@ -150,10 +150,10 @@ def test_a_session_limit_stops_and_the_same_command_continues(srcnn, config, clo
 def test_patience_anneals_over_a_last_tenth(srcnn, config, clock, updates, monkeypatch, capsys):
     worse = iter(range(1000))
     monkeypatch.setattr(srcnn, "evaluate", lambda *a: {"psnr": 30.0 - next(worse), "psnr_bicubic": 30.0, "ssim": 1.0})
-    metrics = srcnn.train(config(num_steps=200, patience=8))
+    metrics = srcnn.train(config(num_steps=200, patience=4))
     assert "anneals over a last tenth" in capsys.readouterr().out
-    assert 80 < metrics["steps"] <= 92  # eight evaluations of ten updates, then a tenth of those eighty
-    assert updates.rates[-1] < 0.2 * updates.rates[79]
+    assert 60 < metrics["steps"] <= 67  # evaluations at 5, 10, 20 and 30 %: sixty updates, then a tenth of those
+    assert updates.rates[-1] < 0.25 * updates.rates[59]
 
 
 def test_schedule_shapes():

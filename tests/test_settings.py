@@ -127,7 +127,7 @@ def test_changed_fixed_setting_is_an_error_that_names_it(config, srcnn, change, 
 def test_batch_split_is_free_but_its_product_fixed(config, srcnn):
     srcnn.train(config(num_steps=1, batch_size=4))
     assert srcnn.train(config(num_steps=2, batch_size=2, accumulate=2))["steps"] == 2
-    with pytest.raises(RecipeError, match="took 4 samples .* would take 8"):
+    with pytest.raises(RecipeError, match="took 4 samples .* would now take 8"):
         srcnn.train(config(num_steps=3, batch_size=4, accumulate=2))
 
 
