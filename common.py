@@ -631,6 +631,11 @@ class Items:
     def __len__(self):
         return len(self.paths)
 
+    @property
+    def good(self):
+        """How many are not known to be bad."""
+        return len(self.paths) - len(self.bad)
+
     def __iter__(self):
         """The good ones, each once."""
         for i in range(len(self.paths)):

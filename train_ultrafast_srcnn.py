@@ -514,9 +514,7 @@ def train(cfg):
             say(f"Finished before: {run.finished}. A longer --num_epochs or --time_budget continues it, --fresh starts over.")
             return run.finished
         metrics = wrap_up(parts, val, cfg, run)
-        say(
-            f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, {len(val) - len(val.bad)} validation images."
-        )
+        say(f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {val.good} validation images.")
         for batch in run.batches():
             run.advance(train_step(parts, batch, cfg, run))
             if run.due(every=0.1, at=(0.05,)) and not run.over:
@@ -530,7 +528,7 @@ def train(cfg):
         metrics = run.finish(wrap_up(parts, val, cfg, run))
         say(
             f"{metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, SSIM {metrics['ssim']:.4f} on "
-            f"{len(val) - len(val.bad)} images after {run.step} updates. Pictures, model.pt and model.onnx are in {run.folder}"
+            f"{val.good} images after {run.step} updates. Pictures, model.pt and model.onnx are in {run.folder}"
         )
         return metrics
 

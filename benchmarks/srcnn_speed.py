@@ -1,9 +1,10 @@
-"""Where SRCNN's time goes: one training step in several forms, side by side in one process.
+"""Where SRCNN's time goes: a training step in several forms, and what each form reaches in the same time.
 
-    python benchmarks/srcnn_speed.py --data_dir IMAGES [--out benchmarks/results/srcnn_speed_<device>.json]
+    python benchmarks/srcnn_speed.py --data_dir IMAGES [--val_dir IMAGES --budget 60s] [--out FILE.json]
 
 Every form trains the same network (9-1-5, x3, 16 crops of 48 pixels) on the same batches through the recipe's own
-train_step; the forms take turns, so that a machine whose speed drifts slows them all. Prints the median of each.
+train_step; for the steps the forms take turns in one process, so that a machine whose speed drifts slows them all.
+With --budget, each form of `RUNS` then trains for that long, start and export included, and its PSNR is printed.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,11 +41,34 @@ def forms(device):
     return table
 
 
+RUNS = ("fp32, Adam", "half, patches, Adam", "half, patches, SOAP (the recipe)")
+
+
+def quality(args, name, amp, fast, optimizer):
+    """The metrics of a whole run of one form."""
+    build = recipe.build
+
+    def other(cfg, run):
+        parts = build(cfg, run)
+        parts.model.fast, parts.opt = fast, optimizer(parts.model.parameters())
+        return parts
+
+    recipe.build = other
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            more = {"use_amp": amp, "device": args.device, "arch": args.arch, "out_dir": folder}
+            return recipe.train(recipe.Config(data_dir=args.data_dir, val_dir=args.val_dir, time_budget=args.budget, **more))
+    finally:
+        recipe.build = build
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--arch", default="srcnn", choices=("srcnn", "srcnn-955"))
+    parser.add_argument("--val_dir", default="")
+    parser.add_argument("--budget", default="")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
@@ -71,6 +96,14 @@ def main():
     print("| form | ms per step | against the first |\n|---|--:|--:|")
     for name, ms in medians.items():
         print(f"| {name} | {ms:.1f} | {base / ms:.2f} |")
+    reached = {}
+    if args.budget:
+        for name, form in forms(device.type).items():
+            if name in RUNS or device.type != "cpu":
+                reached[name] = quality(args, name, *form)
+        print(f"\n| form | dB after {args.budget} | updates |\n|---|--:|--:|")
+        for name, metrics in reached.items():
+            print(f"| {name} | {metrics['psnr']:.2f} | {metrics['steps']} |")
     if args.out:
         about = {
             "device": Run(cfg).device_name,
@@ -78,7 +111,8 @@ def main():
             "torch": torch.__version__,
         }
         about |= {"threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(), "repeats": args.repeats}
-        text = json.dumps(about | {"arch": args.arch, "ms_per_step": {k: round(v, 3) for k, v in medians.items()}}, indent=1)
+        about |= {"arch": args.arch, "ms_per_step": {k: round(v, 3) for k, v in medians.items()}}
+        text = json.dumps(about | {"budget": args.budget, "reached": reached}, indent=1)
         Path(args.out).write_text(text + "\n", encoding="utf-8")
 
 
