@@ -15,6 +15,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -139,7 +140,7 @@ def help_text(config, doc, everything=False):
     lines = [(doc or "").strip(), "", "Settings (flag, else environment variable in capitals, else [default]):"]
     for f in (f for f in fields if everything or f.metadata.get("everyday")):
         more = f" ({', '.join(map(str, f.metadata['choices']))})" if "choices" in f.metadata else ""
-        value = {None: "auto", "": "", False: ""}.get(f.default, f.default) if not isinstance(f.default, float) else f.default
+        value = "auto" if f.default is None else "" if f.default is False else f.default
         lines.append(f"  --{f.name:<15} {f.metadata['help']}{more}" + (f" [{value}]" if value != "" else ""))
     return "\n".join([*lines, "" if everything else f"  {'--help all':<17} shows all {len(fields)} settings"])
 
@@ -213,7 +214,7 @@ def main(run, config, doc=""):
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        message, code = f"Out of memory: {str(e).splitlines()[0]} Try a smaller --target_size or --batch_size.", 1
+        message, code = f"Out of memory: {(str(e).splitlines() or [''])[0]} Try a smaller --target_size or --batch_size.", 1
     if os.environ.get("RANK", "0") != "0":
         message = f"Process {os.environ['RANK']}: {message}"
     print(message, file=sys.stderr, flush=True)
@@ -268,7 +269,7 @@ def choose_device(name="auto", local_rank=0):
     title, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     built, here = torch.cuda.get_arch_list(), 10 * major + minor
     known = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(built))]
-    if not any(n <= here and (kind == "compute" or n // 10 == major) for kind, n in known):
+    if known and not any(n <= here and (kind == "compute" or n // 10 == major) for kind, n in known):
         raise RecipeError(
             f"torch {torch.__version__} has no kernels for {title} (sm_{here}; it has {', '.join(built)}). Choose another "
             "card (on Kaggle: T4), install the cu126 build that pytorch.org/get-started names, or add --device cpu."
@@ -314,11 +315,14 @@ def is_out_of_memory(error):
 
 def free_memory():
     """Bytes of RAM that this process may still take; a container's limit counts. 4 GiB where the system does not tell."""
-    limits, group = [], Path("/sys/fs/cgroup")
+    limits, files = [], {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
     with contextlib.suppress(OSError, TypeError):
         limits.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        for _, kind, place in (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()):
+            for folder in ["", *Path(place.strip("/")).parents, place.strip("/")] if kind in files else ():
+                with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+                    limit, used = (int((Path("/sys/fs/cgroup") / kind / folder / f).read_text()) for f in files[kind])
+                    limits.append(limit - used)
     return min(limits, default=4 * 2**30)
 
 
@@ -327,7 +331,8 @@ def keep_freed_memory():
     blocks each time, and to fault their pages in anew cost a third of a plain fp32 step on a virtual machine's CPU."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 32 << 20)  # all that an old glibc takes
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
@@ -582,7 +587,7 @@ def open_records(cfg):
         if both:
             raise RecipeError(f"{cfg.data_dir} puts group {min(both)!r} on both sides of the split; give it one split.", 2)
     else:
-        names = sorted(set(groups), key=lambda g: mix(cfg.seed, os.path.basename(g)))
+        names = sorted(set(groups), key=lambda g: (mix(cfg.seed, os.path.basename(g)), g))
         held = set() if cfg.val_dir else set(names[: max(1, round(len(names) / 10))])
     val = listed(cfg.val_dir, "validation images") if cfg.val_dir else [r for g, r in zip(groups, train) if g in held]
     train = [r for g, r in zip(groups, train) if g not in held]
@@ -601,7 +606,7 @@ class Items:
 
     def __init__(self, paths, load, what="training", check=lambda: None, share=0.5):
         self.paths, self.load, self.what, self.kept, self.bad = list(paths), load, what, {}, {}
-        room, told = free_memory() * share, time.monotonic()
+        room, told = free_memory() * share / int(os.environ.get("LOCAL_WORLD_SIZE", 1)), time.monotonic()
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i in range(0, len(self.paths), 64):  # in blocks, so that a full RAM and a stop signal are seen in time
                 check()
@@ -615,6 +620,8 @@ class Items:
         self.cached = room > 0
 
     def _read(self, i):
+        if i in self.bad:
+            return None
         try:
             return self.load(self.paths[i])
         except UNREADABLE as e:
@@ -682,8 +689,11 @@ def draw_curves(log, path):
     """Draw the loss and the judged metric of a log.jsonl, all sessions together, into one PNG picture."""
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    rows = {(row["step"], "metric" in row): row for row in rows}  # what a killed session did was done again
+    rows = {}
+    for line in Path(log).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError, KeyError):  # a full disk tears lines
+            row = json.loads(line)
+            rows[row["step"], "metric" in row] = row  # what a killed session did was done again
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axis, judged in zip(figure.subplots(1, 2), (False, True)):
         part = [row for (_, is_judged), row in sorted(rows.items()) if is_judged == judged]
@@ -741,6 +751,7 @@ class Run:
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
         self.parts = self.data = self.board = self.bar = None
         self.asked, self.saved, self.judged, self.ddp, self.sums, self.settings = "", -1, -1, {}, {}, {}
+        self.undo = contextlib.ExitStack()
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
         self.settled = True
         folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
@@ -840,8 +851,8 @@ class Run:
                 self.save(must=False)  # whatever went wrong, the weights between two updates are good
                 if self.saved == self.step:
                     say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
-            for thing in (self.bar, self.board):
-                if thing:
+            for thing in filter(None, (self.bar, self.board)):
+                with contextlib.suppress(OSError):
                     thing.close()
 
     def _beat(self, done):
@@ -876,7 +887,11 @@ class Run:
             self.save()
         if self.world > 1:
             torch.distributed.barrier()  # the first process is still writing
-        command = " ".join(shlex.quote(w) for w in ("python", *sys.argv) if not w.startswith("--fresh"))
+        start = (
+            ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', self.world)}"] if self.world > 1 else ["python"]
+        )
+        command = " ".join(shlex.quote(w) for w in (*start, *sys.argv) if not w.startswith("--fresh"))
+        command = "run the cell again" if "ipykernel" in sys.modules else command
         code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}.get(self.asked, 0)
         kept = f"after update {self.step}, which is saved" if self.saved >= 0 else "before the first update"
         raise Stopped(f"Stopped ({self.asked}) {kept}. To continue: {command}", code)
@@ -898,17 +913,25 @@ class Run:
 
     def fix_files(self, name, records, root):
         """The records of this run's own file list, in its order; at the first start `records` become that list."""
-        found = {Path(os.path.relpath(r["image"], root or ".")).as_posix(): r for r in records}
+        found, root = {}, os.path.expanduser(root or ".")
+        for record in records:
+            with contextlib.suppress(ValueError):  # another Windows drive
+                record = record | {"key": Path(os.path.relpath(record["image"], root)).as_posix()}
+            found[record.get("key") or str(record["image"])] = record
         kept = self.settings.setdefault("files", {}).setdefault(name, list(found))
+        here = [found[k] for k in kept if k in found]
+        if not here:
+            raise RecipeError(
+                f"None of the {len(kept)} {name} files of the run in {self.folder} is in {root} now; --fresh starts over.", 2
+            )
         for files, what in ((set(found) - set(kept), "new since the run began and not used"), (set(kept) - set(found), "gone")):
             if files:
                 say(f"{len(files)} {name} files are {what}, e.g. {min(files)}")
-        here = [found[k] for k in kept if k in found]
-        return [found[k] if k in found else here[i % len(here)] for i, k in enumerate(kept)] if here else records
+        return [found[k] if k in found else here[i % len(here)] for i, k in enumerate(kept)]
 
     # - checkpoints
     def resume(self, parts, data):
-        """Take `parts` and the training data; load the newest whole checkpoint, or see that three will fit on the disk."""
+        """Take `parts` and the training data; load the newest whole checkpoint where there is one."""
         self.parts, self.data = parts, data
         self._compare(derived=True)
         state = self._read()
@@ -916,6 +939,8 @@ class Run:
             self._apply(state)
             self.clock.before, self.clock.born = max(self.clock.before, state["used"]), state["born"]
             say(f"Continuing after update {self.step}, {clock_text(self.clock.used())} used so far.")
+        elif self.clock.before > HEARTBEAT and (self.clock.budget or self.clock.deadline):
+            say(f"Earlier starts without a checkpoint used {clock_text(self.clock.before)} of the time; --fresh gives it back.")
         self.settings |= {"recipe": self.recipe, "settings": dataclasses.asdict(self.cfg), "samples": self.samples}
         self.settings |= {"device": self.title, "torch": torch.__version__, "command": shlex.join(sys.argv)}
         if self.main:
@@ -925,11 +950,13 @@ class Run:
                     code = Path(module.__file__).read_bytes()
                     target = self.folder / "code" / f"{Path(module.__file__).stem}-{mix(code) % 10**6}.py"
                     target.parent.mkdir(exist_ok=True)
+                    if state and not target.exists():
+                        say(f"{module.__file__} has changed since the last session; --fresh starts over.")
                     write_aside(target, lambda f, code=code: f.write(code))
         self._share()
         if self.cut is not None and self.progress < self.cut:
             self.cut, self.stale = None, 0  # the run was made longer
-        self.was = min(self.was, self.progress)
+        self.was, self.begin = min(self.was, self.progress), min(self.begin, self.progress)
 
     def _read(self):
         """The newest checkpoint that is whole, None where there is none at all; damaged ones are named and kept aside."""
@@ -942,6 +969,8 @@ class Run:
             except (OSError, MemoryError):
                 raise  # not the file's fault
             except Exception as e:
+                if is_out_of_memory(e):
+                    raise
                 damaged.append(path)
                 say(f"{path} is damaged ({e}).")
                 continue
@@ -952,7 +981,13 @@ class Run:
             raise RecipeError(f"No checkpoint in {self.folder} can be read. --fresh starts over and keeps the folder.")
 
     def _apply(self, state):
-        self.parts.load_state_dict(state["parts"])
+        try:
+            self.parts.load_state_dict(state["parts"])
+        except (RuntimeError, KeyError, AttributeError, ValueError) as e:
+            raise RecipeError(
+                f"The checkpoint in {self.folder} does not fit this script ({str(e).splitlines()[-1].strip()}). The code that "
+                "made it is in its folder code; undo the change, start over with --fresh, or choose another --out_dir."
+            ) from e
         self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() and state["scaler"] else None
         vars(self).update({name: state[name] for name in KEPT})
         self.saved, self.first = self.step, self.step
@@ -969,11 +1004,11 @@ class Run:
                 os.replace(last, self.folder / "previous.pt")
             os.replace(new, last)
 
-        if self._write(write, must):
+        if self.write(write, must):
             self.saved = self.step
 
-    def _write(self, write, must):
-        """Call write() in the first process; returns whether it went well. A failure raises only if it `must` not."""
+    def write(self, write, must=False):
+        """Call write() in the first process; returns whether it went well. A failure raises where it `must`, else is said."""
         try:
             if self.main:
                 write()
@@ -1041,21 +1076,24 @@ class Run:
                 pin_memory=self.kind == "cuda", generator=torch.Generator().manual_seed(0), **more,
             )  # fmt: skip
             batches, self.rewound = iter(loader), False
-            while not (self.over or self.rewound):
-                self.settled = True  # whatever belongs to the updates so far is done
-                if not self.bad and (self.saved < 0 or time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes):
-                    self.save(must=False)
-                if self.leaving or (self.asked and self.world == 1):
-                    self._leave()
-                start = time.monotonic()
-                try:
-                    batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
-                except RecipeError as e:  # from a worker: its sentence ends a traceback
-                    raise RecipeError(str(e).strip().splitlines()[-1].removeprefix("common.RecipeError: ")) from None
-                self.wait, self.index = self.wait + time.monotonic() - start, batch["index"]
-                torch.manual_seed(mix(self.cfg.seed, self.step))  # everything random in update k depends on (seed, k)
-                self.generator.manual_seed(mix(self.cfg.seed, self.step, "draw"))
-                yield batch
+            try:
+                while not (self.over or self.rewound):
+                    self.settled = True  # whatever belongs to the updates so far is done
+                    if not self.bad and (self.saved < 0 or time.monotonic() - self.saved_at >= 60 * self.cfg.save_minutes):
+                        self.save(must=False)
+                    if self.leaving or (self.asked and self.world == 1):
+                        self._leave()
+                    start = time.monotonic()
+                    try:
+                        batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+                    except RecipeError as e:  # from a worker: its sentence ends a traceback
+                        raise RecipeError(re.sub(r"^[\w.]*RecipeError: ", "", str(e).strip().splitlines()[-1])) from None
+                    self.wait, self.index = self.wait + time.monotonic() - start, batch["index"]
+                    torch.manual_seed(mix(self.cfg.seed, self.step))  # everything random in update k depends on (seed, k)
+                    self.generator.manual_seed(mix(self.cfg.seed, self.step, "draw"))
+                    yield batch
+            finally:  # workers ignore the signals that would end them
+                getattr(batches, "_shutdown_workers", int)()
 
     def draw(self, kind, shape, **more):
         """Random numbers for a batch, e.g. draw("randn", x.shape): drawn for the whole update, then this process's slice.
@@ -1090,8 +1128,12 @@ class Run:
         if self.world == 1 or self.planned:
             return model
         if id(model) not in self.ddp:
+            wrap = torch.nn.parallel.DistributedDataParallel
+            flag = (
+                "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrap).parameters else "broadcast_buffers"
+            )
             ids = [self.device.index] if self.kind == "cuda" else None
-            self.ddp[id(model)] = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.ddp[id(model)] = wrap(model, device_ids=ids, **{flag: False})  # no exchange that a replay would repeat
         return self.ddp[id(model)]
 
     def compile(self, model):
@@ -1205,8 +1247,9 @@ class Run:
 
         Never in the last moments of a timed run: the ending evaluates, and there is no time for both.
         """
-        repeated = every and math.floor(self.progress / every + 1e-9) > math.floor(self.was / every + 1e-9)
-        return not self.hurried and bool(repeated or any(self.was < mark <= self.progress + 1e-12 for mark in at))
+        was, now = ((p - self.begin) / max(1 - self.begin, 1e-9) + 1e-9 for p in (self.was, self.progress))
+        repeated = every and math.floor(now / every) > math.floor(was / every)
+        return not self.hurried and bool(repeated or any(was < mark <= now for mark in at))
 
     def memory(self):
         """Peak memory of this process in GiB, the GPU's or else RAM; 0 where the system does not tell."""
@@ -1254,7 +1297,7 @@ class Run:
         if self.main:
             with contextlib.suppress(OSError), open(self.folder / "log.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(ImportError, OSError):
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = self.board or SummaryWriter(self.folder / "tensorboard")
@@ -1273,7 +1316,7 @@ class Run:
         if name not in self.best or (value - self.best[name]) * (1 if higher else -1) > 0:
             self.best, self.stale = {name: value, "step": self.step}, 0
             state = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best
-            self._write(lambda: save_tensors(self.folder / "best.pt", state), must=False)
+            self.write(lambda: save_tensors(self.folder / "best.pt", state), must=False)
         else:
             self.stale += 1
         if self.cut is None and self.step and self.stale >= (self.cfg.patience or math.inf):

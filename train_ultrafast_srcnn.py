@@ -111,6 +111,8 @@ def shrink(hr, scale):
 def load_pair(path, cfg, smallest):
     """(high, low) uint8 [h, w] of a file; h and w are cut to multiples of the scale. ValueError below `smallest` pixels."""
     hr, s = load_item(path) if isinstance(path, Path) else textures(path), cfg.scale
+    if hr.ndim != 2:
+        raise RecipeError(f"load_item must return [height, width]; for {path} its shape is {hr.shape}.")
     if min(hr.shape) < smallest:
         raise ValueError(f"{hr.shape[1]} x {hr.shape[0]} pixels; it takes {smallest} at least")
     hr = np.ascontiguousarray(hr[: hr.shape[0] // s * s, : hr.shape[1] // s * s])
@@ -351,7 +353,8 @@ class SOAP(torch.optim.Optimizer):
                         flat = g.movedim(axis, 0).flatten(1)
                         factor.lerp_(flat @ flat.t(), 1 - b1)
                         if k % every == 0:  # one step of power iteration, damped, so that rounding turns no direction
-                            q.copy_(torch.linalg.qr(factor @ q + 0.01 * factor.diagonal().mean() * q)[0])
+                            m = factor @ q + 0.01 * factor.diagonal().mean() * q
+                            q.copy_(torch.linalg.qr(m.cpu() if m.device.type == "mps" else m)[0])
                 state["mean"].lerp_(g, 1 - b1)
                 turned = self.turn(g, bases)
                 state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
@@ -523,8 +526,8 @@ def train(cfg):
                 say(f"step {run.step}: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB")
                 if run.due(at=(0.05,)):
                     say(verdict(metrics["psnr"] - metrics["psnr_bicubic"]))
-            if run.due(at=SAMPLE_MARKS) and run.main:
-                show(parts, val, cfg, run)
+            if run.due(at=SAMPLE_MARKS):
+                run.write(lambda: show(parts, val, cfg, run))
         metrics = run.finish(wrap_up(parts, val, cfg, run))
         say(
             f"{metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, SSIM {metrics['ssim']:.4f} on "
@@ -536,11 +539,16 @@ def train(cfg):
 # --- using the result -------------------------------------------------------------------------------------------------
 def load(run_dir, device="cpu"):
     """The trained (EMA) model of a run folder in eval mode: luma [n, 1, h, w] in 0..1 -> [n, 1, scale * h, scale * w]."""
-    saved = read_json(Path(run_dir) / "settings.json").get("settings")
-    if not saved or not (Path(run_dir) / "model.pt").exists():
+    run_dir = Path(run_dir)
+    saved, done = read_json(run_dir / "settings.json").get("settings"), (run_dir / "metrics.json").exists()
+    weights = run_dir / ("model.pt" if done else "best.pt")
+    if not saved or not weights.exists():
         raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
+    state = load_tensors(weights, device)
+    if not done:
+        say(f"The run in {run_dir} has not finished; these are its best weights so far, of update {state['step']}.")
     model = make_model(Config(arch=saved["arch"], scale=saved["scale"]))
-    model.load_state_dict(load_tensors(Path(run_dir) / "model.pt", device))
+    model.load_state_dict(state if done else state["model"])
     return model.to(device).eval()
 
 
@@ -558,8 +566,9 @@ def upscale(cfg):
             say(f"Left out {path}: {e}")
             continue
         out = upscale_image(model, image)
-        name = path.relative_to(source).with_suffix(".png") if path != source else Path(path.stem + ".png")
-        target = folder / "upscaled" / name
+        name = path.relative_to(source) if path != source else Path(path.name)
+        alone = sum(p.with_suffix("") == path.with_suffix("") for p in files) == 1  # beside a.png, a.jpg keeps its suffix
+        target = folder / "upscaled" / (name.with_suffix(".png") if alone else name.with_name(name.name + ".png"))
         target.parent.mkdir(parents=True, exist_ok=True)
         write_aside(target, lambda f, out=out: Image.fromarray(out).save(f, "PNG"))
         say(f"{path} -> {target} ({out.shape[1]} x {out.shape[0]})")

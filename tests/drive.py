@@ -1,6 +1,6 @@
 """Run a recipe with faults put in: python tests/drive.py RECIPE JSON [flags]. JSON keys:
 
-stop_at: ask for a stop when so many updates are done; slow_write: seconds that each fsync takes; full_after: bytes after
+stop_at: ask process `rank` for a stop when so many updates are done; slow_write: seconds that each fsync takes; full_after: bytes after
 which no file can grow (a real limit of the kernel); export: true keeps the export; optimizer: SGD replaces SOAP.
 """
 
@@ -17,10 +17,12 @@ sys.argv = [f"{sys.argv[1]}.py", *sys.argv[3:]]
 if not faults.get("export"):
     recipe.export = lambda model, folder: None
 if hasattr(recipe, "CROPS"):
-    recipe.CROPS = 2  # as in conftest.py
+    recipe.CROPS, whole = 2, recipe.Crops.__getitems__  # as in conftest.py
 if faults.get("optimizer") == "SGD":
     recipe.SOAP = lambda params, lr: recipe.torch.optim.SGD(params, 1.0)
-if "stop_at" in faults:
+if faults.get("worker_bug"):
+    recipe.Crops.__getitems__ = lambda data, keys: 1 / 0 if recipe.torch.utils.data.get_worker_info() else whole(data, keys)
+if "stop_at" in faults and os.environ.get("RANK", "0") == str(faults.get("rank", 0)):
     advance = common.Run.advance
 
     def stopping(run, losses):

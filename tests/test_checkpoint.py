@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -245,18 +244,46 @@ def test_a_disk_that_is_full_is_a_sentence_and_loses_nothing(srcnn, config, imag
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(srcnn, config, tmp_path, monkeypatch, capsys):
-    save, calls = common.save_tensors, []
+    """Every kind of file fails to be written between updates 3 and 6, as on a full disk: os.fsync says so."""
+    fsync, now = os.fsync, []
+    step = srcnn.train_step
+    monkeypatch.setattr(
+        srcnn, "train_step", lambda parts, batch, cfg, run: (now.append(run.step), step(parts, batch, cfg, run))[1]
+    )
 
-    def full(path, state):
-        calls.append(Path(path).name)
-        if 4 <= len(calls) <= 7 and Path(path).name == "next.pt":
+    def full(f):
+        if now and 3 <= now[-1] <= 6:
             raise OSError(28, "No space left on device")
-        save(path, state)
+        fsync(f)
 
-    monkeypatch.setattr(common, "save_tensors", full)
+    monkeypatch.setattr(os, "fsync", full)
     metrics = srcnn.train(config(save_minutes=0.0))
     assert metrics["steps"] == 9 and checkpoint(tmp_path / "run")["step"] == 9
     assert "No space left on device. What was written before is whole. Training goes on" in capsys.readouterr().out
+
+
+def test_a_torn_line_in_the_log_ends_nothing(srcnn, config, tmp_path):
+    srcnn.train(config())
+    with open(tmp_path / "run" / "log.jsonl", "a") as f:
+        f.write('{"step": 3, "lo{"step": 4, "loss": 1.0}\n')
+    assert srcnn.train(config(num_steps=10))["steps"] == 10
+
+
+def test_a_checkpoint_of_another_network_is_a_sentence(srcnn, config, monkeypatch):
+    srcnn.train(config(num_steps=2))
+    make = srcnn.make_model
+    monkeypatch.setattr(srcnn, "make_model", lambda cfg: srcnn.ESPCN(3))
+    with pytest.raises(RecipeError, match="does not fit this script .* undo the change"):
+        srcnn.train(config(num_steps=4))
+    monkeypatch.setattr(srcnn, "make_model", make)
+    assert srcnn.train(config(num_steps=4))["steps"] == 4
+
+
+def test_a_bug_in_a_worker_ends_the_process(images, tmp_path):
+    """Workers ignore signals; they must still end when the run does, and a user's own bug keeps its traceback."""
+    words = command("--data_dir", images, "--out_dir", tmp_path / "run", *TINY, "--num_workers", 2, drive={"worker_bug": True})
+    done = run(words, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def test_continue_from_a_read_only_folder(srcnn, config, tmp_path, monkeypatch):

@@ -79,6 +79,17 @@ def test_a_slow_start_does_not_eat_the_warm_up(srcnn, config, clock, updates, mo
     assert updates.rates[-1] <= 0.01 * max(updates.rates) and 210 < clock.now - start <= 240
 
 
+def test_a_longer_budget_prolongs_a_finished_run(srcnn, config, clock, updates, monkeypatch):
+    """The warm-up is not begun again, nor does the rate stay near 0 until the old start's share of the new budget."""
+    open_data = srcnn.open_data
+    monkeypatch.setattr(srcnn, "open_data", lambda *a: (clock.pass_(10), open_data(*a))[1])
+    first = srcnn.train(config(num_steps=0, time_budget="1m"))
+    before = len(updates.rates)
+    second = srcnn.train(config(num_steps=0, time_budget="5m"))
+    assert second["steps"] > 3 * first["steps"] and 250 < second["seconds"] <= 300
+    assert max(updates.rates[before : before + 40]) > 0.5 * 0.003 and updates.rates[-1] <= 0.01 * 0.003
+
+
 def test_steps_limit_a_timed_run_only_where_given(srcnn, config, clock, updates):
     assert srcnn.train(config(num_steps=5, time_budget="10m"))["steps"] == 5
 

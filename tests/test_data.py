@@ -1,5 +1,7 @@
 """Reading images, folders and tables: every format, every clear sentence, nothing lost."""
 
+import sys
+
 import numpy as np
 import pytest
 from conftest import TINY, command, run
@@ -109,7 +111,7 @@ def test_wrong_folders_are_sentences(tmp_path, case):
     photos.mkdir(parents=True)
     save(photos / "a.png", RAMP)
     place = tmp_path / "data" / "photo"
-    expected = ["photos is the nearest"] * 0
+    expected = []
     if case == "missing":
         expected = [str(place), "no such folder", f"nearest folder with images is {photos}"]
     elif case == "file":
@@ -166,9 +168,42 @@ def test_splits(tmp_path, config):
     text = "image,group\n" + "\n".join(f"{i}.png,patient{i // 5}" for i in range(40))
     names, train, val = split(text)
     assert not {r["group"] for r in train} & {r["group"] for r in val} and len(val) == 5
-    assert split(text)[0] == names and split(text, seed=1)[0] != names or split(text, seed=2)[0] != names
+    assert split(text)[0] == names and split(text, seed=1)[0] != names
     thin, _, _ = split(text, sample_ratio=0.2)
     assert len(thin[0]) == 7 and thin[0] < names[0] and thin[1] == names[1]
+
+
+def test_the_split_is_the_same_in_every_process(images, tmp_path):
+    """Equal names in many folders tie in the shuffle; the hash seed of Python must not decide."""
+    for i in range(20):
+        (tmp_path / f"{i}").mkdir()
+        for j in range(3):
+            (tmp_path / f"{i}" / f"{j}.png").write_bytes(b"")
+    code = (
+        "import sys, common; cfg = common.Settings(data_dir=sys.argv[1]); "
+        "print([str(r['image']) for r in common.open_records(cfg)[1]])"
+    )
+    seen = {run([sys.executable, "-c", code, str(tmp_path)], PYTHONHASHSEED=seed).stdout for seed in "12"}
+    assert len(seen) == 1 and len(next(iter(seen)).split(",")) == 6
+
+
+def test_free_memory_sees_the_limit_of_a_container(monkeypatch):
+    files = {"/proc/meminfo": "MemAvailable: 8000000 kB", "/proc/self/cgroup": "4:cpu:/\n3:memory:/job/7\n0::/user/a"}
+    files |= {"/sys/fs/cgroup/user/memory.max": "5000", "/sys/fs/cgroup/user/memory.current": "1000"}
+    files |= {"/sys/fs/cgroup/memory.max": "max", "/sys/fs/cgroup/memory.current": "1"}
+
+    def read(path, *more, **options):
+        if path.as_posix() not in files:
+            raise FileNotFoundError(path)
+        return files[path.as_posix()]
+
+    monkeypatch.setattr(common.Path, "read_text", read)
+    assert common.free_memory() == 4000
+    job = "/sys/fs/cgroup/memory/job/7/memory."
+    files |= {job + "limit_in_bytes": "3000", job + "usage_in_bytes": "500"}
+    assert common.free_memory() == 2500
+    files.clear()
+    assert common.free_memory() == 4 * 2**30
 
 
 def test_the_file_list_of_a_run_is_fixed(srcnn, config, images, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, command, run, tensors_in
+from conftest import REAL, command, run, same, tensors_in
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -288,14 +288,26 @@ def test_upscale_keeps_names_colours_and_gray(trained, tmp_path):
     small = rng.integers(0, 256, (12, 15, 3), np.uint8)
     Image.fromarray(small).resize((45, 36), Image.Resampling.BICUBIC).save(source / "colour.png")
     Image.fromarray(small[..., 0]).save(source / "gray.png")
+    Image.fromarray(small[:, ::-1, 0]).save(source / "gray.bmp")
     (source / "bad.png").write_text("no picture")
     done = run(command("--upscale", source, "--out_dir", trained, "--device", "cpu"))
     assert done.returncode == 0 and "bad.png" in done.stdout and "Traceback" not in done.stderr, done.stderr
-    colour, gray = (np.asarray(Image.open(trained / "upscaled" / f"{n}.png")) for n in ("colour", "gray"))
+    names = {p.name for p in (trained / "upscaled").iterdir()}
+    assert names == {"colour.png", "gray.png.png", "gray.bmp.png"}  # gray.png would be two pictures
+    colour, gray = (np.asarray(Image.open(trained / "upscaled" / f"{n}.png")) for n in ("colour", "gray.png"))
     assert colour.shape == (72, 90, 3) and gray.shape == (24, 30)
     again = np.asarray(Image.fromarray(colour).resize((45, 36), Image.Resampling.BICUBIC)).astype(int)
     assert abs(again - np.asarray(Image.open(source / "colour.png"))).mean() < 6  # the same colours
-    assert {p.name for p in source.iterdir()} == {"colour.png", "gray.png", "bad.png"}
+    assert {p.name for p in source.iterdir()} == {"colour.png", "gray.png", "gray.bmp", "bad.png"}
+
+
+def test_an_interrupted_run_upscales_with_its_best_weights(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("lock"))
+    (tmp_path / "run" / "metrics.json").unlink()
+    (tmp_path / "run" / "model.pt").unlink()
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    same(dict(recipe.load(tmp_path / "run").state_dict()), dict(best["model"]))
+    assert f"best weights so far, of update {best['step']}" in capsys.readouterr().out and best["step"] > 0
 
 
 def test_upscale_without_a_model_or_a_picture_is_a_sentence(trained, tmp_path):

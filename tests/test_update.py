@@ -152,14 +152,22 @@ def test_draws_are_made_for_the_whole_update_and_sliced(config, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["SGD", "SOAP"])
 def test_two_processes_give_the_weights_of_one(srcnn, config, images, tmp_path, monkeypatch, optimizer):
+    """With SOAP, the second process alone is asked to stop in update 8: both leave, and the same command continues."""
     if optimizer == "SGD":  # adds up nothing but the gradients
         monkeypatch.setattr(srcnn, "SOAP", lambda params, lr: torch.optim.SGD(params, 1.0))
     srcnn.train(config(batch_size=4, num_steps=12, learning_rate=0.001, out_dir=str(tmp_path / "one")))
     words = ["--data_dir", images, "--out_dir", tmp_path / "two", "--target_size", 24, "--batch_size", 2, "--num_steps", 12]
     words += ["--no-use_amp", "--device", "cpu", "--learning_rate", 0.001]
-    torchrun = command(*words, drive={"optimizer": optimizer})
-    torchrun[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = run(torchrun)
+
+    def torchrun(**faults):
+        line = command(*words, drive={"optimizer": optimizer, **faults})
+        return run([line[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *line[1:]])
+
+    if optimizer == "SOAP":
+        stopped = torchrun(stop_at=7, rank=1)
+        assert stopped.returncode != 0 and "Stopped (another process) after update 8, which is saved" in stopped.stderr
+        assert "torchrun --nproc_per_node=2" in stopped.stderr and checkpoint(tmp_path / "two")["step"] == 8
+    done = torchrun()
     assert done.returncode == 0, done.stderr[-3000:]
     assert "4 samples per update = 2 x 1 x 2 processes" in done.stdout and done.stdout.count("Before:") == 1
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
