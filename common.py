@@ -899,6 +899,7 @@ class Run:
     # - what must not change between sessions
     def _compare(self, derived=False):
         old, advice = self.settings.get("settings", {}), "start over with --fresh, or choose another --out_dir."
+        changed = []
         for f in dataclasses.fields(self.cfg) if old else ():
             before, now = old.get(f.name, f.default), getattr(self.cfg, f.name)
             if now == before or "action" in f.metadata or ("derived" in f.metadata) != derived:
@@ -906,10 +907,12 @@ class Run:
             if derived or "fixed" in f.metadata:
                 same = f"Continue with --{f.name} {before}" if before not in ("", None) else f"Leave --{f.name} away"
                 raise RecipeError(f"{f.name} was {before!r} in {self.folder} and is {now!r} now. {same}, {advice}", 2)
-            say(f"{f.name} was {before!r} before and is {now!r} now.")
+            changed.append(f"{f.name} was {before!r} before and is {now!r} now.")
         if old and self.settings["samples"] != self.samples:
             raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would now take "
                 f"{self.samples}. Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
+        for line in changed:
+            say(line)
 
     def fix_files(self, name, records, root):
         """The records of this run's own file list, in its order; at the first start `records` become that list."""

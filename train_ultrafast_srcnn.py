@@ -66,7 +66,7 @@ class Config(Settings):
     arch: str = opt("srcnn", "network", fixed=True, everyday=True, choices=("srcnn", "srcnn-955", "espcn"))
     scale: int = opt(3, "enlargement", fixed=True, everyday=True, choices=(2, 3, 4))
     target_size: int = opt(48, "high-resolution crop in pixels, a multiple of the scale", fixed=True, low=12)
-    num_epochs: float = opt(40.0, "length of the run in passes over all pixels", everyday=True, low=0)
+    num_epochs: float = opt(40.0, "length of the run in epochs of 16 crops of each image", everyday=True, low=0)
     learning_rate: float = opt(3e-3, "peak learning rate of SOAP", fixed=True, everyday=True, low=0)
     upscale: str = opt("", "picture or folder to enlarge with the trained model", everyday=True, action=True)  # no training
 

@@ -1,7 +1,8 @@
 """Run a recipe with faults put in: python tests/drive.py RECIPE JSON [flags]. JSON keys:
 
-stop_at: ask process `rank` for a stop when so many updates are done; slow_write: seconds that each fsync takes; full_after: bytes after
-which no file can grow (a real limit of the kernel); export: true keeps the export; optimizer: SGD replaces SOAP.
+stop_at: ask process `rank` for a stop when so many updates are done; slow_write: seconds that each fsync takes;
+full_after: bytes after which no file can grow (a real limit of the kernel); worker_bug: true makes loading fail in worker
+processes; export: true keeps the export; optimizer: SGD replaces SOAP.
 """
 
 import importlib
