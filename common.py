@@ -705,19 +705,7 @@ def draw_curves(log, path):
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
-KEPT = (
-    "step",
-    "progress",
-    "was",
-    "best",
-    "stale",
-    "judged",
-    "settled",
-    "cut",
-    "begin",
-    "reserve",
-    "rate_scale",
-)  # saved with a run
+KEPT = tuple("step progress was best stale judged settled cut begin reserve rate_scale".split())  # saved with a run
 CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")  # newest first; next.pt is last.pt on its way
 
 
@@ -887,9 +875,8 @@ class Run:
             self.save()
         if self.world > 1:
             torch.distributed.barrier()  # the first process is still writing
-        start = (
-            ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', self.world)}"] if self.world > 1 else ["python"]
-        )
+        processes = os.environ.get("LOCAL_WORLD_SIZE", self.world)
+        start = ["torchrun", f"--nproc_per_node={processes}"] if self.world > 1 else ["python"]
         command = " ".join(shlex.quote(w) for w in (*start, *sys.argv) if not w.startswith("--fresh"))
         command = "run the cell again" if "ipykernel" in sys.modules else command
         code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}.get(self.asked, 0)
@@ -924,9 +911,7 @@ class Run:
         kept = self.settings.setdefault("files", {}).setdefault(name, list(found))
         here = [found[k] for k in kept if k in found]
         if not here:
-            raise RecipeError(
-                f"None of the {len(kept)} {name} files of the run in {self.folder} is in {root} now; --fresh starts over.", 2
-            )
+            raise RecipeError(f"None of the {len(kept)} {name} files of {self.folder} is in {root}; --fresh starts over.", 2)
         for files, what in ((set(found) - set(kept), "new since the run began and not used"), (set(kept) - set(found), "gone")):
             if files:
                 say(f"{len(files)} {name} files are {what}, e.g. {min(files)}")
@@ -1058,8 +1043,9 @@ class Run:
             from tqdm import tqdm
 
             self.bar = tqdm(total=100, bar_format="{percentage:3.0f}%|{bar}| {desc}", dynamic_ncols=True)
-        size, free = (self.folder / "last.pt").stat().st_size if self.saved == 0 else 0, shutil.disk_usage(self.folder).free
-        if 2 * size > free:  # next to the one that the rehearsal wrote
+        size = (self.folder / "last.pt").stat().st_size if self.main and self.saved == 0 else 0  # the rehearsal's
+        free = shutil.disk_usage(self.folder).free if size else 0
+        if 2 * size > free:
             raise RecipeError(
                 f"A run keeps three checkpoints of {size / 2**20:.0f} MB each; {self.folder} has {free / 2**20:.0f} MB free. "
                 "Free some space or choose an --out_dir on another disk."
@@ -1132,9 +1118,8 @@ class Run:
             return model
         if id(model) not in self.ddp:
             wrap = torch.nn.parallel.DistributedDataParallel
-            flag = (
-                "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(wrap).parameters else "broadcast_buffers"
-            )
+            new, old = "forward_sync_buffers", "broadcast_buffers"  # torch 2.13 renamed it
+            flag = new if new in inspect.signature(wrap).parameters else old
             ids = [self.device.index] if self.kind == "cuda" else None
             self.ddp[id(model)] = wrap(model, device_ids=ids, **{flag: False})  # no exchange that a replay would repeat
         return self.ddp[id(model)]
@@ -1207,9 +1192,7 @@ class Run:
                 half = max(1, math.ceil(self.micro / 2))
                 advice = f"--batch_size {half} --accumulate {math.ceil(self.cfg.batch_size * self.cfg.accumulate / half)}"
                 if self.micro == 1:
-                    raise RecipeError(
-                        f"Out of memory on {self.device_name} with one sample; try a smaller --target_size."
-                    ) from e
+                    raise RecipeError(f"Out of memory on {self.device_name} with one sample; lower --target_size.") from e
                 if self.world > 1 and not probe:
                     raise RecipeError(f"Out of memory with {self.micro} samples per forward pass; try {advice}.") from e
             out = totals = None  # outside the handler, so that nothing keeps the failed try's activations alive
@@ -1241,9 +1224,7 @@ class Run:
                 f"files: {files}. Look at them, or try a smaller --learning_rate or --no-use_amp.")  # fmt: skip
         self._apply(state)
         self.rate_scale, self.bad, self.rewound, self.sums, self.count, self.began = 0.3, 0, True, {}, 0, time.monotonic()
-        say(
-            f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step}, at 0.3 of the rate. Last files: {files}"
-        )
+        say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step} at 0.3 of the rate. Last files: {files}")
 
     def due(self, every=None, at=()):
         """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`.
@@ -1271,11 +1252,8 @@ class Run:
     def _log(self, now):
         seconds, count = max(now - self.logged_at, 1e-9), max(self.count, 1)
         row = {"step": self.step, "lr": self.lr, "progress": self.progress, "seconds": self.clock.used()}
-        row |= {
-            "items_per_second": count * self.samples / seconds,
-            "data_wait": self.wait / seconds,
-            "memory_gib": self.memory(),
-        }
+        row |= {"items_per_second": count * self.samples / seconds, "data_wait": self.wait / seconds}
+        row["memory_gib"] = self.memory()
         row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         row |= {k: float(v) / count for k, v in self.sums.items()}
         total = f"/{self.planned_steps}" if self.planned_steps < math.inf else ""

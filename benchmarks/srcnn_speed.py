@@ -113,6 +113,7 @@ def main():
         about |= {"threads": torch.get_num_threads(), "date": datetime.date.today().isoformat(), "repeats": args.repeats}
         about |= {"arch": args.arch, "ms_per_step": {k: round(v, 3) for k, v in medians.items()}}
         text = json.dumps(about | {"budget": args.budget, "reached": reached}, indent=1)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text + "\n", encoding="utf-8")
 
 

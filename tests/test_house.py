@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def test_sizes():
         assert code_lines(path) <= limit, path.name
 
 
-LIMIT_COMMON = 1021  # the plan says 600; it may only fall
+LIMIT_COMMON = 1000  # the plan says 600; it may only fall
 
 
 def test_public_functions_say_what_they_do():
@@ -146,3 +147,18 @@ def test_the_first_command_in_a_fresh_environment(tmp_path):
     assert 60 * int(minutes) + float(seconds) < 90
     ours, bicubic = re.search(r"([\d.]+) dB, bicubic ([\d.]+) dB, SSIM", done.stdout).groups()
     assert float(ours) > float(bicubic) + 0.5
+
+
+def test_the_figures_of_the_readme_are_the_measured_ones():
+    """Every dB and ms of the super-resolution tables stands in a file under benchmarks/results."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "benchmarks" / "results" / "srcnn_set5_cpu2.json").read_text())["runs"]
+    speed = json.loads((ROOT / "benchmarks" / "results" / "srcnn_speed_cpu2.json").read_text())
+    known = {f"{r[k]:.2f}" for r in [*runs, *speed["reached"].values()] for k in ("psnr", "psnr_bicubic")} | {"32.39"}
+    known |= {f"{ms:.1f}" for ms in speed["ms_per_step"].values()} | {f"{r['ssim']:.3f}" for r in runs}
+    known |= {f"{speed['ms_per_step']['fp32, Adam'] / ms:.1f}" for ms in speed["ms_per_step"].values()}
+    rows = [line for line in text.splitlines() if line.startswith(("| SRCNN 9", "| ESPCN", "| bicubic", "| fp32", "| bf16"))]
+    found = [figure for line in rows for figure in re.findall(r"\d+\.\d+", line)]
+    assert len(rows) == 11 and len(found) > 20 and set(found) <= known, set(found) - known
+    docstring = (ROOT / "train_ultrafast_srcnn.py").read_text(encoding="utf-8").split('"""')[1]
+    assert set(re.findall(r"(\d+\.\d+) dB", docstring)) <= known

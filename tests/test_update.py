@@ -61,7 +61,7 @@ def test_out_of_memory_gives_the_bits_of_the_smaller_micro_batch(srcnn, config, 
 
 def test_one_sample_that_does_not_fit_is_a_sentence(srcnn, config, monkeypatch):
     out_of_memory_above(monkeypatch, srcnn, 0)
-    with pytest.raises(RecipeError, match="with one sample; try a smaller --target_size"):
+    with pytest.raises(RecipeError, match="with one sample; lower --target_size"):
         srcnn.train(config())
 
 
@@ -118,7 +118,7 @@ def test_a_row_of_bad_updates_goes_back_once_at_a_lower_rate(srcnn, config, monk
     nan_updates(monkeypatch, srcnn, lambda k, scale: k >= 3 and scale == 1)
     metrics = srcnn.train(config(num_steps=12, save_minutes=1000.0))
     out = capsys.readouterr().out
-    assert "back to update 0, at 0.3 of the rate" in out and ".png" in out
+    assert "back to update 0 at 0.3 of the rate" in out and ".png" in out
     assert metrics["steps"] == 12 and math.isfinite(metrics["psnr"])
 
 
