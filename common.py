@@ -629,7 +629,7 @@ class Items:
             if len(self.bad) <= 5:
                 say(f"Bad {self.what} file, its place takes the next good one: {self.bad[i]}")
             if len(self.bad) > max(3, len(self.paths) / 5) or len(self.bad) == len(self.paths):
-                few = "; ".join(list(self.bad.values())[:3])
+                few = "; ".join(why for _, why in sorted(self.bad.items())[:3])
                 raise RecipeError(f"{len(self.bad)} of {len(self.paths)} {self.what} files cannot be used: {few}.") from None
 
     def __getstate__(self):
