@@ -1213,6 +1213,8 @@ class Run:
         now = time.monotonic()
         self.step_time = (now - self.began) / max(self.step - self.first, 1)
         self._share()
+        if self.bar is not None:
+            self.bar.update(100 * self.progress - self.bar.n)
         if now - self.logged_at >= HEARTBEAT or self.step - self.first == 1 or self.over:
             self._log(now)
 
@@ -1263,7 +1265,6 @@ class Run:
             f"{row['data_wait']:.0%} {row['memory_gib']:.1f} GB eta {clock_text(self.eta())}"
         )
         if self.bar is not None:
-            self.bar.n = round(100 * self.progress)
             self.bar.set_description_str(line)
         else:
             say(line)
