@@ -73,6 +73,25 @@ def test_continuing_from_any_update_is_bit_for_bit(srcnn, config, tmp_path, monk
     compare_runs(tmp_path / "run", tmp_path / "whole")
 
 
+def test_what_is_random_in_an_update_depends_on_seed_and_update_alone(srcnn, config, monkeypatch, tmp_path):
+    step, drawn = srcnn.train_step, {}
+
+    def draws(parts, batch, cfg, run):
+        new = torch.rand(2).tolist() + run.draw("randn", (3,)).tolist()
+        assert drawn.setdefault(run.step, new) == new
+        return step(parts, batch, cfg, run)
+
+    monkeypatch.setattr(srcnn, "train_step", draws)
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            srcnn.train(config())
+    torch.rand(7)
+    srcnn.train(config())
+    assert len(drawn) == 9 and len({tuple(v) for v in drawn.values()}) == 9
+
+
 def test_order_and_augmentation_are_pure_functions():
     whole = [next(it) for it in [iter(Stream(7, 4, 3))] for _ in range(6)]
     later = iter(Stream(7, 4, 3, start=4))
@@ -366,6 +385,7 @@ def test_signals_save_and_name_the_command_that_continues(images, tmp_path, name
     finally:
         process.kill()
     assert process.returncode == code and "Traceback" not in errors, errors
+    assert errors.count("this update ends") == 1  # the workers keep quiet
     step = int(re.search(rf"Stopped \({name}\) after update (\d+), which is saved", errors)[1])
     assert checkpoint(tmp_path / "run")["step"] == step > 0
     told = errors.rsplit("To continue: python ", 1)[1]
@@ -412,6 +432,30 @@ def test_a_stop_is_seen_in_evaluation_and_in_caching(srcnn, config, tmp_path, mo
         srcnn.train(config())
     step = int(re.search(r"after update (\d+)", str(e.value))[1])
     assert checkpoint(tmp_path / "run")["step"] == step
+
+
+@pytest.mark.parametrize("step", [3, 5, 9])
+def test_an_evaluation_that_a_stop_cut_off_is_made_up(srcnn, config, tmp_path, monkeypatch, step):
+    """Nine updates evaluate after every one: what is best and how patient the run still is must not depend on the stop."""
+    srcnn.train(config(out_dir=str(tmp_path / "whole"), patience=50))
+    evaluate = srcnn.evaluate
+
+    def cut_off(model, val, cfg, run):
+        if run.step == step and not run.rehearsing or (step == 9 and run.step == 9):
+            run.asked = "SIGTERM"
+            run.check()
+        return evaluate(model, val, cfg, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(srcnn, "evaluate", cut_off)
+        with pytest.raises(Stopped, match=f"after update {step}, which is saved"):
+            srcnn.train(config(patience=50))
+    srcnn.train(config(patience=50))
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+    for name in ("run", "whole"):
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        judged = [row["step"] for row in map(json.loads, lines) if "metric" in row]
+        assert judged == list(range(10)) and checkpoint(tmp_path / name)["judged"] == 9
 
 
 def test_what_a_run_changes_in_the_process_is_put_back(srcnn, config):
