@@ -279,8 +279,7 @@ def choose_device(name="auto", local_rank=0):
 
 def cpu_has_bf16():
     """Whether the processor multiplies bfloat16 itself (AVX512-BF16, AMX); where it does not, bf16 is slower than fp32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return any(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)() for name in ("avx512_bf16", "amx_tile"))
 
 
 def choose_dtype(kind, capability=(0, 0), use_amp=None, amp_dtype="auto"):
@@ -543,11 +542,12 @@ def find_images(folder, what="images"):
         return images
     kinds = [p.suffix.lower() or "without a suffix" for p in files]
     found = ", ".join(f"{kinds.count(k)} {k}" for k in sorted(set(kinds), key=kinds.count)[-5:]) or "no file"
-    message = f"No {what} in {folder}: " + (f"{found} in it." if folder.is_dir() else "there is no such folder.")
+    message = f"No {what} in {folder}: {f'{found} in it.' if folder.is_dir() else 'there is no such folder.'}"
     if ".dcm" in kinds:
         message += " DICOM is not read: convert slices to PNG with pydicom, volumes to .nii.gz with dcm2niix."
     home = next(p for p in folder.absolute().parents if p.is_dir())
-    near = [p.parent for pattern in ("*", "*/*", "*/*/*") for p in home.glob(pattern) if p.suffix.lower() in IMAGE_TYPES]
+    around = itertools.islice((p for pattern in ("*", "*/*", "*/*/*") for p in home.glob(pattern)), 20000)  # not all of "/"
+    near = [p.parent for p in around if p.suffix.lower() in IMAGE_TYPES]
     if near:
         near = max(near, key=lambda p: difflib.SequenceMatcher(None, p.name, folder.name).ratio())
         message += f" The nearest folder with images is {near}."
@@ -590,7 +590,8 @@ def open_records(cfg):
         names = sorted(set(groups), key=lambda g: (mix(cfg.seed, os.path.basename(g)), g))
         held = set() if cfg.val_dir else set(names[: max(1, round(len(names) / 10))])
     val = listed(cfg.val_dir, "validation images") if cfg.val_dir else [r for g, r in zip(groups, train) if g in held]
-    train = [r for g, r in zip(groups, train) if g not in held]
+    out = {os.path.abspath(r["image"]) for r in val}  # a val_dir may lie inside the data_dir
+    train = [r for g, r in zip(groups, train) if g not in held and os.path.abspath(r["image"]) not in out]
     keep = np.random.default_rng(cfg.seed).permutation(len(train))[: max(1, round(len(train) * cfg.sample_ratio))]
     if not train or not val:
         raise RecipeError(f"{cfg.data_dir} gives {len(train)} training and {len(val)} validation images; each needs one.", 2)
@@ -739,9 +740,8 @@ class Run:
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
         self.parts = self.data = self.board = self.bar = None
         self.asked, self.saved, self.judged, self.ddp, self.sums, self.settings = "", -1, -1, {}, {}, {}
-        self.undo = contextlib.ExitStack()
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
-        self.settled = True
+        self.settled, self.undo = True, contextlib.ExitStack()
         folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
         self.folder = Path(folder).expanduser()
 
@@ -879,9 +879,10 @@ class Run:
         start = ["torchrun", f"--nproc_per_node={processes}"] if self.world > 1 else ["python"]
         command = " ".join(shlex.quote(w) for w in (*start, *sys.argv) if not w.startswith("--fresh"))
         command = "run the cell again" if "ipykernel" in sys.modules else command
-        code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}.get(self.asked, 0)
+        code = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138, "another process": 143}.get(self.asked, 0)
         kept = f"after update {self.step}, which is saved" if self.saved >= 0 else "before the first update"
-        raise Stopped(f"Stopped ({self.asked}) {kept}. To continue: {command}", code)
+        # torchrun ends all when one fails: only the first process may, once it has said what is to be said
+        raise Stopped(f"Stopped ({self.asked}) {kept}. To continue: {command}", code if self.main else 0)
 
     # - what must not change between sessions
     def _compare(self, derived=False):

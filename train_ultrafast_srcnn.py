@@ -558,7 +558,7 @@ def load(run_dir, device="cpu"):
 def upscale(cfg):
     """Enlarge a picture or a folder with a trained model into <run folder>/upscaled; returns the paths written."""
     run, folder = Run(cfg, RECIPE), Path("results") / RECIPE
-    if cfg.out_dir or not folder.exists():
+    if cfg.out_dir or not (folder / "best.pt").exists():
         folder = run.folder  # named, or the one of the built-in data
     model, source = load(folder, run.device), Path(cfg.upscale).expanduser()
     files, done = [source] if source.is_file() else find_images(source, "pictures to enlarge"), []

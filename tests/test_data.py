@@ -173,6 +173,15 @@ def test_splits(tmp_path, config):
     assert len(thin[0]) == 7 and thin[0] < names[0] and thin[1] == names[1]
 
 
+def test_validation_images_inside_the_training_folder_are_not_trained_on(images, tmp_path, config):
+    for place in ("", "val"):
+        (tmp_path / "d" / place).mkdir(parents=True, exist_ok=True)
+        for i in range(3):
+            save(tmp_path / "d" / place / f"{i}.png", RAMP)
+    train, val = open_records(config(data_dir=str(tmp_path / "d"), val_dir=str(tmp_path / "d" / "val")))
+    assert [r["image"].parent.name for r in train] == ["d"] * 3 and [r["image"].parent.name for r in val] == ["val"] * 3
+
+
 def test_the_split_is_the_same_in_every_process(images, tmp_path):
     """Equal names in many folders tie in the shuffle; the hash seed of Python must not decide."""
     for i in range(20):
