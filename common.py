@@ -14,6 +14,7 @@ import datetime
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -757,6 +758,7 @@ class Run:
                 limit = datetime.timedelta(seconds=float(os.environ.get("PROCESS_TIMEOUT", 1800)))
                 torch.distributed.init_process_group("nccl" if self.kind == "cuda" else "gloo", timeout=limit)
                 undo.callback(torch.distributed.destroy_process_group)
+                undo.callback(lambda: (self.ddp.clear(), gc.collect()))  # DDP must go before the group that it holds
             if self.kind == "cuda":
                 torch.cuda.set_device(self.device)
                 torch.cuda.reset_peak_memory_stats()
@@ -839,6 +841,8 @@ class Run:
                 self.save(must=False)  # whatever went wrong, the weights between two updates are good
                 if self.saved == self.step:
                     say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
+            if self.world > 1 and not error:
+                torch.distributed.barrier()  # nobody leaves while the first process is still writing
             for thing in filter(None, (self.bar, self.board)):
                 with contextlib.suppress(OSError):
                     thing.close()
