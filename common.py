@@ -1098,9 +1098,14 @@ class Run:
         whole = getattr(torch, kind)(shape[0] * self.world, *shape[1:], generator=self.generator, device=self.device, **more)
         return whole[self.rank * shape[0] : (self.rank + 1) * shape[0]]
 
-    def anneal(self, opt, shape="cosine", warmup=0.05, floor=0.0):
-        """Set the learning rates of `opt`: each group's `peak` (default: --learning_rate) times `schedule` of the progress."""
-        trained = ((self.progress if self.cut is None else self.cut) - self.begin) / max(1 - self.begin, 1e-9)
+    def trained(self, progress=None):
+        """Share of the updates' part of the run that has gone, 0..1: start-up does not count."""
+        return ((self.progress if progress is None else progress) - self.begin) / max(1 - self.begin, 1e-9)
+
+    def anneal(self, opt, shape="cosine", warmup=0.05, floor=0.0, span=(0.0, 1.0)):
+        """Set the learning rates of `opt`: each group's `peak` (default: --learning_rate) times `schedule` of how far the
+        run is in `span`, a part of its training such as (0.7, 1.0)."""
+        trained = (self.trained(self.cut) - span[0]) / max(span[1] - span[0], 1e-9)
         factor = self.rate_scale * schedule(trained, shape, warmup, floor)
         if self.cut is not None:  # patience struck: from the rate it had, straight down over a last tenth
             factor *= max(0.0, 1 - (self.progress - self.cut) / max(min(0.1 * self.cut, 1 - self.cut), 1e-9))
@@ -1238,7 +1243,7 @@ class Run:
 
         Never in the last moments of a timed run: the ending evaluates, and there is no time for both.
         """
-        was, now = ((p - self.begin) / max(1 - self.begin, 1e-9) + 1e-9 for p in (self.was, self.progress))
+        was, now = (self.trained(p) + 1e-9 for p in (self.was, self.progress))
         repeated = every and math.floor(now / every) > math.floor(was / every)
         return not self.hurried and bool(repeated or any(was < mark <= now for mark in at))
 

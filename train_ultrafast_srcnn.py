@@ -325,45 +325,58 @@ def patch_core(model, x):
 
 class SOAP(torch.optim.Optimizer):
     """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., "SOAP: improving and stabilizing Shampoo using
-    Adam", 2024). For networks this small the matrices cost next to nothing, and an update is worth several of Adam's."""
+    Adam", 2024). For networks this small the matrices cost little, and an update is worth several of Adam's. Weights of
+    one shape are turned together, as one stack; their state is kept with the first of them."""
 
     def __init__(self, params, lr, betas=(0.95, 0.999), every=10):
         super().__init__(params, {"lr": lr, "betas": betas, "every": every})
-        for group in self.param_groups:
-            for p in group["params"]:
-                sizes = p.flatten(2).shape if p.ndim > 2 else p.shape
-                eye = [torch.eye(d, device=p.device) if p.ndim > 1 and d > 1 else p.new_zeros(0) for d in sizes]
-                self.state[p] = {"step": 0, "mean": p.new_zeros(sizes), "square": p.new_zeros(sizes)}
-                self.state[p] |= {"factors": [0 * e for e in eye], "bases": [e.detach() for e in eye]}
+        for same in (s for group in self.param_groups for s in self.stacks(group)):
+            p, n = same[0], len(same)
+            sizes = p.flatten(2).shape if p.ndim > 2 else p.shape
+            eye = [torch.eye(d, device=p.device).repeat(n, 1, 1) if p.ndim > 1 and d > 1 else p.new_zeros(0) for d in sizes]
+            self.state[p] = {"step": 0, "mean": p.new_zeros(n, *sizes), "square": p.new_zeros(n, *sizes)}
+            self.state[p] |= {"factors": [0 * e for e in eye], "bases": [e.detach() for e in eye]}
+
+    @staticmethod
+    def stacks(group):
+        """The parameters of a group, those of one shape together."""
+        by_shape = {}
+        for p in group["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+        return list(by_shape.values())
 
     @staticmethod
     def turn(x, bases, back=False):
-        """Rotate every axis of x into its basis, or back; one axis after the other moves from the front to the end."""
+        """Rotate every axis of x [n, ...] but the first into its basis, or back; each in turn moves to the end."""
         for q in bases:
-            x = torch.tensordot(x, q, ([0], [1 if back else 0])) if q.numel() else x.movedim(0, -1)
+            turned = x.movedim(1, -1)
+            if q.numel():
+                turned = (turned.flatten(1, -2) @ (q.mT if back else q)).view(turned.shape)
+            x = turned
         return x
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             (b1, b2), every = group["betas"], group["every"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
+            for same in (s for s in self.stacks(group) if s[0].grad is not None):
+                state = self.state[same[0]]
                 state["step"] += 1
-                k, bases, g = state["step"], state["bases"], p.grad.reshape(state["mean"].shape)
+                k, bases, g = state["step"], state["bases"], torch.stack([p.grad for p in same]).view(state["mean"].shape)
                 for axis, (factor, q) in enumerate(zip(state["factors"], bases)):
                     if q.numel():
-                        flat = g.movedim(axis, 0).flatten(1)
-                        factor.lerp_(flat @ flat.t(), 1 - b1)
+                        flat = g.movedim(axis + 1, 1).flatten(2)
+                        factor.lerp_(flat @ flat.mT, 1 - b1)
                         if k % every == 0:  # one step of power iteration, damped, so that rounding turns no direction
-                            m = factor @ q + 0.01 * factor.diagonal().mean() * q
+                            m = factor @ q + 0.01 * factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * q
                             q.copy_(torch.linalg.qr(m.cpu() if m.device.type == "mps" else m)[0])
                 state["mean"].lerp_(g, 1 - b1)
                 turned = self.turn(g, bases)
                 state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
                 mean = self.turn(state["mean"], bases) / (1 - b1**k)
                 mean /= (state["square"] / (1 - b2**k)).sqrt_().add_(1e-10)
-                p.sub_(self.turn(mean, bases, back=True).reshape(p.shape), alpha=group["lr"])
+                steps = self.turn(mean, bases, back=True).reshape(len(same), *same[0].shape).unbind()
+                torch._foreach_add_(same, list(steps), alpha=-group["lr"])
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------

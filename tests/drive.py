@@ -17,11 +17,13 @@ recipe, faults = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2])
 sys.argv = [f"{sys.argv[1]}.py", *sys.argv[3:]]
 if not faults.get("export"):
     recipe.export = lambda model, folder: None
-if hasattr(recipe, "CROPS"):
-    recipe.CROPS, whole = 2, recipe.Crops.__getitems__  # as in conftest.py
+for name, value in {"CROPS": 2, "BUILT_IN": 6}.items():  # as in conftest.py
+    if hasattr(recipe, name):
+        setattr(recipe, name, value)
 if faults.get("optimizer") == "SGD":
     recipe.SOAP = lambda params, lr: recipe.torch.optim.SGD(params, 1.0)
 if faults.get("worker_bug"):
+    whole = recipe.Crops.__getitems__
     recipe.Crops.__getitems__ = lambda data, keys: 1 / 0 if recipe.torch.utils.data.get_worker_info() else whole(data, keys)
 if "stop_at" in faults and os.environ.get("RANK", "0") == str(faults.get("rank", 0)):
     advance = common.Run.advance

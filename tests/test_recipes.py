@@ -17,7 +17,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 from bundle import bundle  # noqa: E402
 
 # recipe -> flags that make a run of some seconds on built-in data; a recipe that lands adds its line here
-RECIPES = {"train_ultrafast_srcnn": ["--target_size", "24", "--batch_size", "2", "--num_steps", "4"]}
+RECIPES = {
+    "train_ultrafast_srcnn": "--target_size 24 --batch_size 2 --num_steps 4".split(),
+    "train_realesrgan_optimized": "--target_size 32 --batch_size 2 --num_steps 4 --degradation real --gan --gan_share 0.5 "
+    "--val_images 1".split(),
+}
+EXACT = {"train_realesrgan_optimized": ["--no-gan"]}  # Adam on a discriminator blows rounding up
 CONTRACT = ["Config", "build", "example_batch", "train_step", "eval_step", "train", "load"]
 recipes = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -92,6 +97,24 @@ def test_a_killed_run_continues_bit_for_bit(recipe, tmp_path):
     again = run(command(*flags(recipe, tmp_path / "run"), recipe=recipe, drive={}))
     assert again.returncode == whole.wait() == 0, again.stderr
     same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
+
+
+@recipes
+def test_two_processes_give_the_weights_of_one(recipe, tmp_path):
+    """With SGD, which adds up nothing but the gradients; what is random in an update is drawn once for both."""
+    more = [*EXACT.get(recipe, []), "--learning_rate", "0.01"]
+    one = [*flags(recipe, tmp_path / "one", *more), "--batch_size", "4"]
+    two = command(*flags(recipe, tmp_path / "two", *more), recipe=recipe, drive={"optimizer": "SGD"})
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(run, command(*one, recipe=recipe, drive={"optimizer": "SGD"}))
+        words = [two[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *two[1:]]
+        done = pool.submit(run, words).result()
+    assert done.returncode == whole.result().returncode == 0, done.stderr[-3000:] + whole.result().stderr
+    assert "4 samples per update = 2 x 1 x 2 processes" in done.stdout and done.stdout.count("Before:") == 1
+    one, two = (checkpoint(tmp_path / name)["parts"]["model"] for name in ("one", "two"))
+    assert list(one) == list(two)
+    for name in one:
+        assert (one[name] - two[name]).abs().max() < 1e-5, name
 
 
 @recipes

@@ -1,0 +1,721 @@
+"""Real-ESRGAN: the network and its fast form, each stage of the degradation, the formats, what a trained model is used for."""
+
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REAL, command, environment, run, same
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import common
+import train_realesrgan_optimized as recipe
+from common import RecipeError, Run
+
+QUIET = types.SimpleNamespace(check=lambda: None)
+
+
+def draws(seed=0):
+    """draw(kind, shape) from a generator of its own."""
+    own = torch.Generator().manual_seed(seed)
+    return lambda kind, shape: getattr(torch, kind)(shape, generator=own)
+
+
+def noisy_model(blocks=2, scale=4, growth=12, features=24):
+    torch.manual_seed(0)
+    model = recipe.RRDBNet(features, blocks, growth, scale)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return model.eval()
+
+
+def photo(h=96, w=104, seed=0):
+    """A colour picture [h, w, 3] with edges and smooth parts."""
+    big = Image.fromarray(recipe.coloured(f"photo {seed}"))
+    return np.asarray(big.resize((w, h), Image.Resampling.BICUBIC))
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "preset, scale, count",
+    [("optimized", 4, 832587), ("optimized", 2, 834531), ("optimized", 1, 842307), ("lightweight", 4, 2198755),
+     ("lightweight", 1, 2211715), ("full", 4, 16697987), ("full", 2, 16703171)],
+)  # fmt: skip
+def test_parameter_counts_are_the_published_ones(preset, scale, count):
+    with torch.device("meta"):
+        model = recipe.RRDBNet(*recipe.PRESETS[preset], scale)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_names_and_shapes_are_those_of_published_weights():
+    state = recipe.RRDBNet(24, 8, 12).state_dict()
+    assert len(state) == 252 and {k.split(".")[0] for k in state} == {
+        "conv_first", "body", "conv_body", "conv_up1", "conv_up2", "conv_hr", "conv_last"}  # fmt: skip
+    assert state["body.7.rdb3.conv5.weight"].shape == (24, 72, 3, 3) and state["body.0.rdb1.conv1.bias"].shape == (12,)
+
+
+@pytest.mark.parametrize("features, count", [(64, 4376897), (32, 1094817), (24, 616057)])
+def test_the_discriminator_is_the_published_one(features, count):
+    model = recipe.Discriminator(features)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert model(torch.rand(2, 3, 40, 32)).shape == (2, 1, 40, 32)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_the_fast_form_is_the_same_function(scale):
+    model, x, results = noisy_model(scale=scale), torch.rand(2, 3, 16, 20), []
+    for fast in (False, True):
+        model.fast = fast
+        model.zero_grad()
+        out = model(x)
+        (out**2).mean().backward()
+        results.append((out.detach(), [p.grad.clone() for p in model.parameters()]))
+    (plain, slow), (quick, grads) = results
+    assert plain.shape == (2, 3, 16 * scale, 20 * scale) and (plain - quick).abs().max() < 1e-5
+    for a, b in zip(slow, grads):
+        assert a.abs().max() > 0 and (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_the_fast_form_passes_a_numerical_gradient_check():
+    torch.manual_seed(0)
+    block, x = recipe.ResidualDenseBlock(3, 2).double(), torch.randn(1, 3, 4, 5, dtype=torch.double, requires_grad=True)
+    rrdb = types.SimpleNamespace(rdb1=block, rdb2=block, rdb3=block)
+    assert torch.autograd.gradcheck(lambda t: recipe.dense_body(types.SimpleNamespace(body=[rrdb]), t), (x,))
+
+
+def test_the_fast_form_keeps_less_for_the_backward_pass():
+    model, x = noisy_model(), torch.rand(1, 24, 32, 32)
+
+    def kept(body):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            body(x)
+        return sum(sizes)
+
+    assert kept(lambda x: recipe.dense_body(model, x)) < 0.6 * kept(model.body)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_it_starts_near_an_enlarged_copy(scale):
+    x = F.interpolate(torch.rand(1, 3, 6, 7), (48, 56), mode="bicubic").clamp(0, 1)
+    with torch.no_grad():
+        out = recipe.RRDBNet(24, 8, 12, scale)(x)
+    smooth = F.interpolate(F.avg_pool2d(x, 4 // scale), scale_factor=4, mode="bilinear")
+    assert out.shape == smooth.shape and (out - smooth)[..., 12:-12, 12:-12].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_tiled_is_untiled(scale):
+    model, x = noisy_model(blocks=3, scale=scale), torch.rand(1, 3, 47, 61)
+    whole = recipe.enlarge(model, x, 1000)
+    assert whole.shape == (1, 3, 47 * scale, 61 * scale)
+    for tile in (16, 24, 40):
+        assert (recipe.enlarge(model, x, tile) - whole).abs().max() < 2e-5
+
+
+def test_with_less_overlap_tiles_would_show(monkeypatch):
+    model, x = noisy_model(blocks=3), torch.rand(1, 3, 40, 40)
+    monkeypatch.setattr(recipe.RRDB, "reach", 1)
+    assert (recipe.enlarge(model, x, 16) - recipe.enlarge(model, x, 1000)).abs().max() > 1e-4
+
+
+# --- degradation ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("quality", [30, 50, 75, 95])
+@pytest.mark.parametrize("shape", [(96, 104), (50, 37)])
+def test_jpeg_agrees_with_pillow(quality, shape):
+    """Within one level of 255 on average, and twenty times nearer to Pillow's picture at q 30 than that is to the original."""
+    image, memory = photo(*shape), io.BytesIO()
+    Image.fromarray(image).save(memory, "JPEG", quality=quality)
+    pillow = np.asarray(Image.open(memory)).astype(float)
+    batch = torch.cat([recipe.to_tensor(photo(*shape, seed=1)), recipe.to_tensor(image)])
+    ours = recipe.to_array(recipe.jpeg(batch, torch.tensor([10.0, float(quality)]))[1:]).astype(float)
+    assert abs(ours - pillow).mean() < 1.0 and abs(ours - pillow).mean() < 0.4 * abs(pillow - image).mean()
+    assert abs(ours - image).mean() == pytest.approx(abs(pillow - image).mean(), rel=0.06)
+
+
+def test_bicubic_is_pillows_antialiased_one():
+    image = photo()
+    pillow = np.asarray(Image.fromarray(image).resize((26, 24), Image.Resampling.BICUBIC)).astype(int)
+    low = recipe.degrade(recipe.to_tensor(image), "bicubic", 4, None)
+    assert abs(recipe.to_array(low).astype(int) - pillow).max() <= 1
+
+
+def test_light_noise_and_jpeg_have_their_shares(monkeypatch):
+    coded = []
+    monkeypatch.setattr(recipe, "jpeg", lambda x, quality: coded.append(quality) or torch.zeros_like(x))
+    low = recipe.degrade(torch.full((4000, 3, 32, 32), 0.4), "light", 4, draws())
+    black = (low == 0).flatten(1).all(1)
+    assert black.float().mean() == pytest.approx(0.75, abs=0.03)
+    assert coded[0].min() >= 50 and coded[0].max() <= 95 and coded[0].mean() == pytest.approx(72.5, abs=1)
+    sigma = 255 * low[~black].flatten(1).std(1)
+    noisy = sigma > 0.4  # below, rounding hides it
+    assert noisy.float().mean() == pytest.approx(0.5, abs=0.06) and sigma.max() < 11.5
+    assert sigma[noisy].mean() == pytest.approx(5.1, abs=0.5)
+
+
+def test_blur_kernels_have_their_kinds_and_widths():
+    u = torch.rand(4000, 9, generator=torch.Generator().manual_seed(0))
+    kernels = recipe.blur_kernels(u, 3.0, 0.1)
+    assert kernels.shape == (4000, 21, 21) and torch.allclose(kernels.sum((1, 2)), torch.ones(4000), atol=1e-4)
+    ring = torch.arange(-10.0, 11.0)
+    outside = (ring.abs()[:, None].maximum(ring.abs()[None]) > 3 + (u[:, 0, None, None] * 8).floor()) & (kernels != 0)
+    assert not outside.any()  # sizes 7 to 21
+    sizes = (kernels.abs().sum(1) > 0).sum(1)[u[:, 7] < 0.1]  # narrow Gaussians vanish before their edge
+    assert set(sizes.tolist()) == set(range(7, 22, 2))
+    rings = (kernels < 0).flatten(1).any(1)
+    assert rings[u[:, 7] < 0.1].float().mean() > 0.8 and not rings[u[:, 7] >= 0.1].any()
+    wide = (u[:, 0] > 0.9) & (u[:, 7] > 0.1) & (u[:, 3] < 0.45) & (u[:, 1] > 0.2) & (u[:, 1] < 0.8)  # isotropic and not cut off
+    spread = (kernels * ring[:, None] ** 2).sum((1, 2)).sqrt()
+    assert torch.allclose(spread[wide], 0.2 + 2.8 * u[wide, 1], rtol=0.1, atol=0.12)
+    turned = (kernels - kernels.transpose(1, 2)).abs().flatten(1).sum(1) > 1e-3
+    assert not turned[(u[:, 3] < 0.45)].any() and turned[(u[:, 3] > 0.45) & (u[:, 3] < 0.7)].float().mean() > 0.7
+
+
+def test_blurring_is_a_convolution_of_each_picture_with_its_kernel():
+    x, kernels = torch.rand(3, 3, 30, 26), recipe.blur_kernels(torch.rand(3, 9), 3.0, 0.5)
+    out = recipe.blur(x, kernels)
+    padded = F.pad(x, (10,) * 4, mode="replicate")
+    for i in range(3):
+        for c in range(3):
+            own = F.conv2d(padded[i, c][None, None], kernels[i][None, None])[0, 0]
+            assert torch.allclose(out[i, c], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode, u", [("area", 0.1), ("bilinear", 0.5), ("bicubic", 0.9)])
+@pytest.mark.parametrize("size", [12, 30, 37, 55])
+def test_resizing_agrees_with_torch(mode, u, size):
+    """Pictures of different sizes in one batch; away from the edges, where torch repeats pixels and this renormalises."""
+    x = torch.rand(2, 3, 40, 40)
+    content = [torch.tensor([37.0, 40.0])] * 2
+    out = recipe.resize(x, torch.tensor([u, u]), content, [torch.tensor([float(size), 20.0])] * 2, [60, 60])
+    assert out.shape == (2, 3, 60, 60)
+    for i, (old, new) in enumerate(((37, size), (40, 20))):
+        if mode == "area" and (new > old or old % new):
+            continue  # torch rounds its areas to whole pixels
+        own = F.interpolate(x[i : i + 1, :, :old, :old], (new, new), mode=mode)[0]
+        edge = 0 if mode == "area" else math.ceil(2 * new / old)
+        inner = slice(edge, new - edge)
+        assert torch.allclose(out[i][:, inner, inner], own[:, inner, inner], atol=1e-4)
+        assert torch.allclose(out[i][:, :new, new:], out[i][:, :new, new - 1 : new].expand(-1, -1, 60 - new))
+
+
+def test_noise_has_its_kinds_and_strengths():
+    n, x = 3000, torch.full((3000, 3, 16, 16), 0.5)
+    u, normal = torch.rand(n, 4), torch.randn(n, 3, 16, 16)
+    gaussian, gray = u[:, 0] < 0.5, u[:, 1] < 0.4
+    added = recipe.add_noise(x, u, normal, (1, 30), (0.05, 3.0)) - x
+    same_in_all = (added[:, :1] - added).abs().flatten(1).amax(1) == 0
+    assert torch.equal(same_in_all, gray) and 0.35 < gray.float().mean() < 0.45
+    sigma = added.flatten(1).std(1)
+    assert torch.allclose(sigma[gaussian], (1 + 29 * u[gaussian, 2]) / 255, rtol=0.25)
+    scale = 0.05 + 2.95 * u[~gaussian, 3]
+    assert torch.allclose(sigma[~gaussian], scale * math.sqrt(0.5 / 256), rtol=0.25)
+    dark = recipe.add_noise(torch.full_like(x, 0.02), u, normal, (1, 30), (0.05, 1.0)) - 0.02
+    assert dark[~gaussian].std() < 0.3 * sigma[~gaussian].mean()  # Poisson's noise grows with the light
+
+
+@pytest.mark.parametrize("kind", ["bicubic", "light", "real"])
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_small_pictures_are_whole_levels_of_their_size(kind, scale):
+    low = recipe.degrade(torch.rand(3, 3, 64, 48), kind, scale, draws())
+    assert low.shape == (3, 3, 64 // scale, 48 // scale) and 0 <= low.min() and low.max() <= 1
+    assert torch.allclose(low * 255, (low * 255).round(), atol=1e-4) and torch.isfinite(low).all()
+
+
+def test_real_resizes_have_their_shares_and_ranges(monkeypatch):
+    seen, whole = [], recipe.resize
+    monkeypatch.setattr(
+        recipe, "resize", lambda x, u, now, then, total: seen.append((now, then)) or whole(x, u, now, then, total)
+    )
+    recipe.degrade(torch.rand(600, 3, 32, 32), "real", 4, draws())
+    (first, second, third) = [then[0] for _, then in seen]
+    factor = first / 32
+    assert (factor == 1).float().mean() == pytest.approx(0.1, abs=0.05)
+    assert (factor > 1).float().mean() == pytest.approx(0.2, abs=0.06)
+    assert 0.12 <= factor.min() < 0.2 and 1.4 < factor.max() <= 1.5
+    assert second.min() >= 1 and second.max() <= 1.2 * 8 and (third == 8).all()
+    assert torch.equal(first, seen[1][0][0])  # what one stage makes is what the next one takes
+
+
+def test_a_picture_is_degraded_by_its_own_numbers_alone():
+    x, numbers = torch.rand(4, 3, 48, 48), draws()
+    u, one, two = numbers("rand", (4, 48)), numbers("randn", (4, 3, 72, 72)), numbers("randn", (4, 3, 15, 15))
+
+    def chain(rows):
+        left = iter([u[rows], one[rows], two[rows]])
+        return recipe.degrade(x[rows], "real", 4, lambda kind, shape: next(left))
+
+    assert torch.allclose(chain(slice(None))[2:], chain(slice(2, None)), atol=1.01 / 255)
+    assert not torch.allclose(chain(slice(0, 1)), chain(slice(1, 2)), atol=0.05)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Six colour pictures of 64 x 72 and a gray one, and inverted small ones of a quarter beside them."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name in ("high", "low"):
+        (root / name).mkdir()
+    for i in range(6):
+        image = photo(64, 72, i)
+        Image.fromarray(image).save(root / "high" / f"{i}.png")
+        Image.fromarray(255 - image[::4, ::4]).save(root / "low" / f"{i}.bmp")
+    Image.fromarray(photo(64, 72, 7)[..., 0]).save(root / "high" / "gray.png")
+    Image.fromarray(255 - photo(64, 72, 7)[::4, ::4, 0]).save(root / "low" / "gray.bmp")
+    return root
+
+
+def test_own_pairs_replace_the_degradation(pictures):
+    cfg = recipe.Config(data_dir=str(pictures / "high"), lr_dir=str(pictures / "low"), target_size=32)
+    paths = sorted((pictures / "high").iterdir())
+    partners = recipe.partners_of(paths, pictures / "high", cfg)
+    items = common.Items(paths, lambda p: recipe.load_pair(p, cfg, partners, 32))
+    batch = recipe.Crops(items, cfg).__getitems__([(e, i) for e in range(4) for i in range(7)])
+    assert batch["hr"].shape == (28, 3, 32, 32) and batch["lr"].shape == (28, 3, 8, 8)
+    for hr, lr in zip(batch["hr"], batch["lr"]):  # aligned, and turned alike: one of the four offsets that a turn leaves
+        gaps = [(255 - hr[:, a::4, b::4].int() - lr.int()).abs().max() for a in (0, 3) for b in (0, 3)]
+        assert min(gaps) == 0
+    pair = recipe.make_pair({k: v[:4] for k, v in batch.items()}, cfg, Run(cfg))
+    assert torch.equal((pair["lr"] * 255).round().byte(), batch["lr"][:4])
+    high, low = recipe.load_pair(paths[0], cfg, partners)
+    assert (255 - high[::4, ::4] == low).all()
+
+
+def test_pairs_that_do_not_fit_are_sentences(pictures, tmp_path):
+    shutil.copytree(pictures / "low", tmp_path / "low")
+    cfg = recipe.Config(data_dir=str(pictures / "high"), lr_dir=str(tmp_path / "low"), target_size=32)
+    paths = sorted((pictures / "high").iterdir())
+    Image.fromarray(photo(10, 10)).save(tmp_path / "low" / "0.bmp")
+    with pytest.raises(ValueError, match="its small picture has 10 x 10 pixels, not 18 x 16"):
+        recipe.load_pair(paths[0], cfg, recipe.partners_of(paths, pictures / "high", cfg))
+    (tmp_path / "low" / "3.bmp").unlink()
+    with pytest.raises(RecipeError, match=r"1 of 7 pictures have none of the same name in .*3\.png"):
+        recipe.partners_of(paths, pictures / "high", cfg)
+    with pytest.raises(RecipeError, match="--lr_dir needs --data_dir"):
+        recipe.train(recipe.Config(lr_dir=str(tmp_path), out_dir=str(tmp_path / "run")))
+
+
+def test_small_pictures_are_mirrored_to_the_crop():
+    image = photo(40, 90)
+    out = recipe.mirrored(image, 64)
+    assert out.shape == (64, 90, 3) and (out[40:64] == image[39:15:-1]).all() and (out[:40] == image).all()
+
+
+def test_crops_are_pure_and_use_all_eight_turns(pictures):
+    cfg = recipe.Config(data_dir=str(pictures / "high"), target_size=32)
+    items = common.Items(sorted((pictures / "high").iterdir()), lambda p: recipe.load_pair(p, cfg, {}, 32))
+    data, turns = recipe.Crops(items, cfg), set()
+    keys = [(e, i) for e in range(8) for i in range(7)]
+    batch, again = data.__getitems__(keys), data.__getitems__(keys[3:9])
+    assert torch.equal(batch["hr"][3:9], again["hr"]) and "lr" not in batch
+    for (_, i), crop in zip(keys, batch["hr"].numpy()):
+        whole = np.broadcast_to(items[i][0].reshape(64, 72, -1), (64, 72, 3))
+        views = np.lib.stride_tricks.sliding_window_view(whole, (32, 32), (0, 1))
+        for turn in range(8):
+            back = crop.transpose(0, 2, 1) if turn & 4 else crop
+            back = back[:, :: -1 if turn & 2 else 1, :: -1 if turn & 1 else 1]
+            if (views == back).all((2, 3, 4)).any():
+                turns.add(turn)
+    assert turns == set(range(8))
+
+
+def test_validation_small_pictures_are_the_same_each_time(pictures):
+    cfg = recipe.Config(data_dir=str(pictures / "high"), degradation="real", scale=2)
+    path = pictures / "high" / "1.png"
+    (high, low), (_, again) = (recipe.load_pair(path, cfg, {}) for _ in range(2))
+    assert high.shape == (64, 72, 3) and low.shape == (32, 36, 3) and (low == again).all()
+    high, low = recipe.load_pair(pictures / "high" / "gray.png", cfg, {})
+    assert high.ndim == low.ndim == 2
+
+
+@pytest.mark.skipif(not (REAL / "Set5").is_dir(), reason="the real images are not here")
+def test_bicubic_reads_the_published_figures_on_set5_and_set14():
+    for name, scale, figure in (("Set5", 2, 33.66), ("Set5", 4, 28.42), ("Set14", 4, 26.00)):
+        cfg = recipe.Config(scale=scale, degradation="bicubic")
+        rows = []
+        for path in sorted((REAL / name).glob("*.png")):
+            high, low = recipe.load_pair(path, cfg, {})
+            plain = recipe.to_array(F.interpolate(recipe.to_tensor(low), scale_factor=scale, mode="bicubic", antialias=True))
+            plain = plain @ np.float32([0.299, 0.587, 0.114]) if high.ndim == 2 else plain
+            a, b = (torch.from_numpy(recipe.luma(p))[scale:-scale, scale:-scale] for p in (plain, high))
+            rows.append(recipe.psnr(a, b))
+        assert sum(rows) / len(rows) == pytest.approx(figure, abs=0.03)
+
+
+def test_sizes_are_checked(tmp_path):
+    for changes, words in (
+        ({"target_size": 36}, "--target_size is 36; it takes a multiple of 8"),
+        ({"scale": 1, "degradation": "bicubic"}, "--scale 1 with --degradation bicubic"),
+        ({"init": str(tmp_path / "none.pth")}, "Cannot read the weights"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            recipe.train(recipe.Config(out_dir=str(tmp_path / "run"), **changes))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("changes", [{}, {"degradation": "real", "gan": True}, {"preset": "full", "scale": 2, "grow": True}])
+def test_the_contract_runs_on_fake_tensors(kind, changes):
+    cfg = recipe.Config(batch_size=2, accumulate=2, target_size=32, **changes)
+    run = Run(cfg, kind=kind)
+    with FakeTensorMode():
+        parts = recipe.build(cfg, run)
+        for run.progress in (0.0, 1.0):
+            losses = recipe.train_step(parts, recipe.example_batch(cfg, run), cfg, run)
+            assert losses["loss"].shape == losses["norm"].shape == ()
+        assert ("disc" in losses) == cfg.gan
+        assert recipe.eval_step(parts, cfg, run).shape[1] == 3
+
+
+def test_example_batch_has_the_shapes_of_a_real_one(pictures):
+    paths = sorted((pictures / "high").iterdir())
+
+    def check(cfg):
+        partners = recipe.partners_of(paths, pictures / "high", cfg)
+        data = recipe.Crops(common.Items(paths, lambda p: recipe.load_pair(p, cfg, partners, 32)), cfg)
+        real, made = data.__getitems__([(0, i) for i in range(3)]), recipe.example_batch(cfg, Run(cfg))
+        assert {k: (v.shape, v.dtype) for k, v in real.items()} == {k: (v.shape, v.dtype) for k, v in made.items()}
+
+    base = {"data_dir": str(pictures / "high"), "target_size": 32, "batch_size": 3}
+    check(recipe.Config(**base))
+    check(recipe.Config(**base, lr_dir=str(pictures / "low")))
+
+
+def textures_batch(cfg, n):
+    items = common.Items([f"train {i}" for i in range(n)], lambda name: recipe.load_pair(name, cfg, {}, cfg.target_size))
+    return recipe.Crops(items, cfg).__getitems__([(0, i) for i in range(n)])
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_one_batch_can_be_learned(scale):
+    cfg = recipe.Config(batch_size=2, target_size=64, device="cpu", use_amp=False, scale=scale, degradation="light")
+    run = Run(cfg)
+    parts, batch, losses = recipe.build(cfg, run), textures_batch(cfg, 2), []
+    for run.step in range(40):
+        run.progress = run.step / 40
+        run.generator.manual_seed(0)  # the same small pictures each time
+        losses.append(float(recipe.train_step(parts, batch, cfg, run)["loss"]))
+    assert min(losses) < 0.6 * losses[0]
+
+
+def test_accumulation_equals_the_full_batch_with_random_degradation():
+    results = []
+    for micro in (4, 3, 1):
+        cfg = recipe.Config(batch_size=4, target_size=32, device="cpu", use_amp=False, degradation="real")
+        run = Run(cfg)
+        run.micro = micro
+        parts = recipe.build(cfg, run)
+        run.generator.manual_seed(3)
+        recipe.train_step(parts, textures_batch(cfg, 4), cfg, run)
+        results.append([p.grad.clone() for p in parts.model.parameters()])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert (a - b).abs().max() <= 3e-3 * a.abs().max()  # a sign of the L1 loss may turn
+
+
+def test_crops_grow_with_the_run():
+    cfg = recipe.Config(target_size=128, grow=True)
+    run, sizes = Run(cfg), []
+    for run.progress in (0.0, 0.1, 0.2, 0.4, 0.6, 0.79, 0.8, 1.0):
+        pair = recipe.make_pair(recipe.example_batch(cfg, run), cfg, run)
+        assert pair["lr"].shape[-1] * 4 == pair["hr"].shape[-1]
+        sizes.append(pair["hr"].shape[-1])
+    assert sizes == [64, 64, 80, 96, 112, 112, 128, 128]
+
+
+def test_the_stages_are_functions_of_progress():
+    cfg = recipe.Config(gan=True, gan_share=0.25, target_size=32, batch_size=2, device="cpu", use_amp=False)
+    run = Run(cfg)
+    parts, batch, rates = recipe.build(cfg, run), recipe.example_batch(cfg, run), []
+    for run.progress in (0.225, 0.7499, 0.75, 0.76, 0.9999):
+        before = [p.clone() for p in parts.disc.parameters()]
+        losses = recipe.train_step(parts, batch, cfg, run)
+        adversarial = run.progress >= 0.75
+        assert ("fool" in losses) == adversarial
+        if run.progress < 0.99:  # at the very end the rate is next to nothing
+            assert any(not torch.equal(a, b) for a, b in zip(before, parts.disc.parameters())) == adversarial
+        rates.append(parts.opt.param_groups[0]["lr"] / cfg.learning_rate)
+        assert all(p.requires_grad for p in parts.disc.parameters())
+    assert rates[0] == pytest.approx(1) and rates[1] < 1e-3 and 0.05 < rates[3] <= 0.1 and rates[4] < 1e-3
+
+
+def test_the_discriminator_learns_what_the_network_makes_and_pushes_it():
+    cfg = recipe.Config(gan=True, gan_share=1.0, target_size=32, batch_size=4, device="cpu", use_amp=False, learning_rate=0)
+    run, losses = Run(cfg), []
+    parts, batch = recipe.build(cfg, run), textures_batch(cfg, 4)
+    parts.disc_opt.param_groups[0]["peak"] = 5e-4
+    run.progress = 0.2
+    for run.step in range(60):
+        run.generator.manual_seed(0)
+        losses.append({k: float(v) for k, v in recipe.train_step(parts, batch, cfg, run).items()})
+    assert losses[0]["disc"] == pytest.approx(2 * math.log(2), abs=0.1)
+    assert losses[-1]["disc"] < losses[0]["disc"] - 0.1 and losses[-1]["fool"] > losses[0]["fool"]
+    assert all(math.isfinite(v) for x in losses for v in x.values())
+
+
+def test_vgg_weights_by_file(tmp_path):
+    torch.manual_seed(0)
+    made = recipe.Perceptual("").state_dict()
+    assert len(made) == 32 and made["features.34.weight"].shape == (512, 512, 3, 3)
+    torch.save(made | {"classifier.0.weight": torch.zeros(3)}, tmp_path / "vgg19.pth")
+    loss = recipe.Perceptual(tmp_path / "vgg19.pth")
+    same(loss.state_dict(), made)
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    loss(x, torch.rand(1, 3, 32, 32)).backward()
+    assert x.grad.abs().max() > 0 and not any(p.requires_grad for p in loss.parameters()) and loss(x, x) == 0
+    del made["features.2.weight"]
+    torch.save(made, tmp_path / "vgg19.pth")
+    with pytest.raises(RecipeError, match="is no VGG19"):
+        recipe.Perceptual(tmp_path / "vgg19.pth")
+    with pytest.raises(RecipeError, match="Cannot read the weights"):
+        recipe.Perceptual(tmp_path / "gone.pth")
+
+
+def test_detail_loss_sees_blur_and_not_brightness():
+    x = recipe.to_tensor(photo())
+    blurred = F.avg_pool2d(x, 3, 1, 1)
+    assert recipe.detail_loss(x, x) == 0 and recipe.detail_loss(blurred, x) > 3 * recipe.detail_loss(x + 0.02, x)
+
+
+class Gray(torch.nn.Module):
+    """A model whose results have lost their colour."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.weight = 4, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=4).mean(1, keepdim=True).expand(-1, 3, -1, -1)
+
+
+def test_a_drift_of_colours_is_measured_and_said(pictures, tmp_path, capsys):
+    cfg = recipe.Config(data_dir=str(pictures / "high"), degradation="bicubic", out_dir=str(tmp_path))
+    val = [recipe.load_pair(pictures / "high" / f"{i}.png", cfg, {}) for i in range(3)]
+    means = [recipe.to_tensor(low).mean((2, 3))[0] for _, low in val]
+    expected = 255 * sum(float((m.mean() - m).abs().max()) for m in means) / 3
+    assert recipe.evaluate(Gray(), val, cfg, QUIET)["colour_drift"] == pytest.approx(expected, abs=0.3) and expected > 5
+    run = Run(cfg)
+    run.clock, run.step, run.progress, run.main = common.Clock(), 5, 0.5, False
+    recipe.assess(types.SimpleNamespace(ema=types.SimpleNamespace(model=Gray())), val, cfg, run)
+    assert "Colours drift" in capsys.readouterr().out
+    run.step, run.judged, good = 6, -1, recipe.RRDBNet(24, 1, 12)
+    good.forward = lambda x: F.interpolate(x, scale_factor=4, mode="bicubic")
+    recipe.assess(types.SimpleNamespace(ema=types.SimpleNamespace(model=good)), val, cfg, run)
+    assert "Colours drift" not in capsys.readouterr().out
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+def test_more_growth_channels_are_the_same_function_and_come_off_again():
+    model, x = noisy_model(), torch.rand(1, 3, 16, 12)
+    state = recipe.regrow(model.state_dict(), 32)
+    wide = recipe.RRDBNet(24, 2, 32)
+    wide.load_state_dict(state)
+    with torch.no_grad():
+        assert (wide(x) - model(x)).abs().max() < 1e-5
+    same(dict(recipe.regrow(state, 12)), dict(model.state_dict()))
+    with pytest.raises(RecipeError, match="use 32 growth channels, and this network has 12"):
+        recipe.regrow(noisy_model(growth=32).state_dict(), 12)
+
+
+@pytest.mark.parametrize("wrap", ["params_ema", "params", "state_dict", "", "module."])
+def test_weights_are_taken_from_the_usual_files(wrap, tmp_path):
+    model = noisy_model()
+    state = {"module." * (wrap == "module.") + k: v for k, v in model.state_dict().items()}
+    torch.save({wrap: state, "iter": 3} if wrap and wrap != "module." else state, tmp_path / "w.pth")
+    same(recipe.read_weights(tmp_path / "w.pth"), dict(model.state_dict()))
+
+
+def test_starting_from_weights_reports_what_matched(tmp_path, capsys):
+    torch.manual_seed(1)
+    theirs = recipe.RRDBNet(24, 8, 12)
+    torch.save({"params_ema": recipe.regrow(theirs.state_dict(), 32)}, tmp_path / "x4.pth")
+    mine = recipe.RRDBNet(24, 8, 12)
+    recipe.start_from(mine, recipe.Config(init=str(tmp_path / "x4.pth")))
+    same(dict(mine.state_dict()), dict(theirs.state_dict()))
+    assert "252 of 252 tensors match." in capsys.readouterr().out
+    recipe.start_from(recipe.RRDBNet(24, 8, 12, 2), recipe.Config(init=str(tmp_path / "x4.pth"), scale=2))
+    assert "251 of 252 tensors match; left as they start: conv_first.weight" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="24 features x 8 blocks, growth 32; only 97 of 702 tensors fit --preset full"):
+        with torch.device("meta"):
+            model = recipe.RRDBNet(64, 23, 32)
+        recipe.start_from(model, recipe.Config(init=str(tmp_path / "x4.pth"), preset="full"))
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x4.pth")
+    with pytest.raises(RecipeError, match="not the weights of an RRDBNet"):
+        recipe.start_from(mine, recipe.Config(init=str(tmp_path / "x4.pth")))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder made by the script itself on its built-in textures, in some seconds, with --init and all exports."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    torch.save(recipe.RRDBNet(24, 8, 12).state_dict(), folder / "start.pth")
+    words = ["--out_dir", folder / "run", "--num_steps", 60, "--target_size", 48, "--device", "cpu", "--val_images", 4]
+    done = run(command(*words, "--init", folder / "start.pth", recipe="train_realesrgan_optimized"))
+    assert done.returncode == 0, done.stderr
+    assert "built-in textures" in done.stdout.splitlines()[1] and "252 of 252 tensors match" in done.stdout
+    assert "Validating on 4 of 6 pictures" in done.stdout and "of a step" in done.stdout
+    return folder / "run"
+
+
+def test_no_data_learns_and_its_weights_load(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    first = next(row for row in log if row.get("metric") == "psnr")
+    assert metrics["psnr"] > first["psnr"] + 0.5
+    model, cfg = recipe.load(trained), recipe.Config()
+    assert not model.training and model.scale == 4
+    val = [recipe.load_pair(f"val {i}", cfg, {}) for i in (0, 1, 3, 4)]
+    assert recipe.evaluate(model, val, cfg, QUIET)["psnr"] == pytest.approx(metrics["psnr"], abs=1e-3)
+
+
+SPANDREL = """
+import sys, types, importlib.machinery, torch
+for name in ("torchvision", "torchvision.ops", "torchvision.transforms", "torchvision.transforms.functional"):
+    stub = types.ModuleType(name)
+    stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    stub.__file__, stub.__getattr__ = "stub", lambda attribute: type(attribute, (), {})
+    sys.modules[name] = stub
+import spandrel
+torch.set_num_threads(1)
+found = spandrel.ModelLoader("cpu").load_from_file(sys.argv[1])
+assert (found.architecture.id, found.scale, found.input_channels) == ("ESRGAN", 4, 3), found
+with torch.no_grad():
+    torch.save(found(torch.load(sys.argv[2])), sys.argv[3])
+print(found.tags)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_export_opens_in_spandrel(trained, tmp_path, suffix):
+    for name in ("spandrel", "safetensors"):
+        pytest.importorskip(name, reason=f"{name} is a test-only extra") if name == "safetensors" else None
+    if subprocess.run([sys.executable, "-c", "import importlib.util as u; exit(not u.find_spec('spandrel'))"]).returncode:
+        pytest.skip("spandrel is a test-only extra")
+    x = torch.rand(1, 3, 21, 30)
+    torch.save(x, tmp_path / "x.pt")
+    (tmp_path / "see.py").write_text(SPANDREL)
+    file = trained / f"realESRGAN_fast_training.{suffix}"
+    done = run([sys.executable, "see.py", file, "x.pt", "y.pt"], cwd=tmp_path)
+    assert done.returncode == 0 and "24nf" in done.stdout and "8nb" in done.stdout, done.stderr
+    with torch.no_grad():
+        expected = recipe.load(trained)(x).clamp(0, 1)  # as spandrel does
+    assert (torch.load(tmp_path / "y.pt") - expected).abs().max() < 1e-5
+
+
+def test_onnx_is_one_file_and_the_same_at_another_size(trained):
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is a test-only extra")
+    session = runtime.InferenceSession(str(trained / "realESRGAN_fast_training.onnx"))
+    x = torch.rand(2, 3, 33, 47)
+    with torch.no_grad():
+        expected = recipe.load(trained)(x)
+    assert np.abs(session.run(None, {"input": x.numpy()})[0] - expected.numpy()).max() < 1e-5
+    assert not list(trained.glob("*.data"))
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_folded_networks_export_too(scale, tmp_path):
+    model = noisy_model(blocks=1, scale=scale)
+    recipe.export(model, tmp_path)  # compares each file with the model
+    assert {p.suffix for p in tmp_path.iterdir()} >= {".pth", ".onnx"}
+
+
+def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
+    model, regrow = noisy_model(blocks=1), recipe.regrow
+    monkeypatch.setattr(recipe, "regrow", lambda s, g: {k: v + 0.01 * (k == "conv_last.bias") for k, v in regrow(s, g).items()})
+    with pytest.raises(RecipeError, match=r"realESRGAN_fast_training.pth differs from the model by 1.0e-02"):
+        recipe.export(model, tmp_path)
+
+
+# --- using the result -------------------------------------------------------------------------------------------------
+def test_upscale_keeps_names_colours_alpha_and_gray(trained, tmp_path):
+    source = tmp_path / "图 片"
+    source.mkdir()
+    image = photo(24, 30)
+    alpha = np.full((24, 30, 1), 255, np.uint8)
+    alpha[:, :15] = 0
+    Image.fromarray(image).save(source / "colour.png")
+    Image.fromarray(np.concatenate([image, alpha], 2)).save(source / "clear.png")
+    Image.fromarray(np.concatenate([image[..., :1], alpha], 2)).save(source / "clear_gray.png")
+    Image.fromarray(image[..., 0]).save(source / "gray.png")
+    Image.fromarray(image).quantize(32).save(source / "palette.gif")
+    Image.fromarray(np.uint16(image[..., 0]) * 257).save(source / "deep.png")
+    (source / "bad.png").write_text("no picture")
+    before = {p: p.read_bytes() for p in source.iterdir()}
+    words = ["--upscale", source, "--out_dir", trained, "--device", "cpu"]
+    done = run(command(*words, recipe="train_realesrgan_optimized"))
+    assert done.returncode == 0 and "bad.png" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    out = {p.name: Image.open(p) for p in (trained / "upscaled").iterdir()}
+    assert {n: i.mode for n, i in out.items()} == {
+        "colour.png": "RGB", "clear.png": "RGBA", "clear_gray.png": "LA", "gray.png": "L", "palette.png": "RGB",
+        "deep.png": "I;16"}  # fmt: skip
+    assert all(i.size == (120, 96) for i in out.values()) and {p: p.read_bytes() for p in source.iterdir()} == before
+    clear = np.asarray(out["clear.png"])
+    assert (clear[..., :3] == np.asarray(out["colour.png"])).all()
+    assert (clear[:, :52, 3] == 0).all() and (clear[:, 68:, 3] == 255).all()
+    deep = np.asarray(out["deep.png"]).astype(float)
+    assert abs(deep / 257 - np.asarray(out["gray.png"])).max() <= 0.51 and len(np.unique(deep)) > 256
+    again = np.asarray(out["colour.png"].resize((30, 24), Image.Resampling.BICUBIC)).astype(int)
+    assert abs(again - image).mean() < 8  # the same colours
+
+
+def test_sixteen_bits_of_colour_stay(tmp_path):
+    cv2 = pytest.importorskip("cv2", reason="opencv is a test-only extra")
+    values = np.random.default_rng(0).integers(0, 65536, (9, 7, 4)).astype(np.uint16)
+    for channels in (3, 4):
+        file = tmp_path / f"{channels} 位.png"
+        file.write_bytes(cv2.imencode(".png", values[..., :channels])[1].tobytes())
+        image, deep = recipe.read_deep(file)
+        assert deep and image.shape == (9, 7, channels)
+        assert np.abs(image[..., :3] * 65535 - values[..., 2::-1]).max() < 0.02  # opencv keeps blue first
+        recipe.write_deep(tmp_path / "out.png", image, True)
+        assert (cv2.imread(str(tmp_path / "out.png"), cv2.IMREAD_UNCHANGED) == values[..., :channels]).all()
+
+
+def test_sixteen_bits_of_colour_without_opencv_is_a_sentence(tmp_path, monkeypatch):
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + bytes(5 * 6) for _ in range(4))
+    head = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "deep.png").write_bytes(png)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="16-bit colour; for it, pip install opencv-python-headless"):
+        recipe.read_deep(tmp_path / "deep.png")
+
+
+def test_an_interrupted_run_upscales_with_its_best_weights(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("lock"))
+    (tmp_path / "run" / "metrics.json").unlink()
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    same(dict(recipe.load(tmp_path / "run").state_dict()), dict(best["model"]))
+    assert f"best weights so far, of update {best['step']}" in capsys.readouterr().out and best["step"] > 0
+
+
+def test_upscale_without_a_model_or_a_picture_is_a_sentence(trained, tmp_path):
+    for folder, source, words in (
+        (tmp_path / "none", tmp_path, "holds no trained model"),
+        (trained, tmp_path / "gone", "no such folder"),
+    ):
+        done = subprocess.run(
+            command("--upscale", source, "--out_dir", folder, recipe="train_realesrgan_optimized"),
+            cwd=tmp_path, env=environment(), capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_side_by_side_picture_has_three_columns(trained):
+    sheet = np.asarray(Image.open(sorted(trained.glob("sample-*.png"))[-1]))
+    assert sheet.shape == (30 + 4 * 294, 3 * 294 + 6, 3)
