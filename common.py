@@ -645,18 +645,15 @@ class Items:
         """How many are not known to be bad."""
         return len(self.paths) - len(self.bad)
 
+    def _get(self, i):
+        return self.kept[i] if i in self.kept else self._read(i)
+
     def __iter__(self):
         """The good ones, each once."""
-        for i in range(len(self.paths)):
-            item = self.kept[i] if i in self.kept else self._read(i)
-            if item is not None:
-                yield item
+        return (item for item in map(self._get, range(len(self.paths))) if item is not None)
 
     def __getitem__(self, i):
-        for j in (k % len(self.paths) for k in range(i, i + len(self.paths))):
-            item = self.kept[j] if j in self.kept else self._read(j)
-            if item is not None:
-                return item
+        return next(item for j in range(i, i + len(self.paths)) if (item := self._get(j % len(self.paths))) is not None)
 
 
 def ignore_signals(worker):
@@ -740,7 +737,7 @@ class Run:
         self.step, self.progress, self.was, self.begin, self.best, self.stale, self.cut = 0, 0.0, 0.0, 0.0, {}, 0, None
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
         self.parts = self.data = self.board = self.bar = None
-        self.asked, self.saved, self.judged, self.ddp, self.sums, self.settings = "", -1, -1, {}, {}, {}
+        self.asked, self.saved, self.judged, self.ddp, self.probed, self.sums, self.settings = "", -1, -1, {}, set(), {}, {}
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
         self.settled, self.undo = True, contextlib.ExitStack()
         folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
@@ -770,10 +767,11 @@ class Run:
                 self._open_folder(undo)
             if self.world > 1:
                 torch.distributed.barrier()
-            self.settings, past = read_json(self.folder / "settings.json"), read_json(self.folder / "clock.json")
+            started = any((self.folder / name).exists() for name in CHECKPOINTS)
+            self.settings = read_json(self.folder / "settings.json") if started else {}  # nothing is lost by changing them yet
+            past = read_json(self.folder / "clock.json")
             self.clock.before, self.clock.born = past.get("used", 0.0), past.get("born", self.clock.born)
             self._compare()
-            started = any((self.folder / name).exists() for name in CHECKPOINTS)
             if not started and 0 < self.clock.deadline < time.time():
                 raise RecipeError(f"--deadline is {cfg.deadline!r}; it has passed, now is {time.strftime('%F %H:%M')}.", 2)
             for name in ("SIGINT", "SIGTERM", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ():
@@ -946,10 +944,10 @@ class Run:
                     if state and not target.exists():
                         say(f"{module.__file__} has changed since the last session; --fresh starts over.")
                     write_aside(target, lambda f, code=code: f.write(code))
-        self._share()
+        was, _ = self.was, self._share()
         if self.cut is not None and self.progress < self.cut:
             self.cut, self.stale = None, 0  # the run was made longer
-        self.was, self.begin = min(self.was, self.progress), min(self.begin, self.progress)
+        self.was, self.begin = min(was, self.progress), min(self.begin, self.progress)
 
     def _read(self):
         """The newest checkpoint that is whole, None where there is none at all; damaged ones are named and kept aside."""
@@ -1151,7 +1149,9 @@ class Run:
         the same batch is replayed. A non-finite loss or gradient changes neither weights nor `ema` (of `model`).
         RecipeError when one sample does not fit.
         """
-        if self.world > 1 and self.step == self.first:  # find the slice that fits while processes can still differ
+        # find the slice that fits while processes can still differ, for each kind of update that a recipe has
+        if self.world > 1 and (kind := (loss_fn.__qualname__, *(v.shape for v in batch.values()))) not in self.probed:
+            self.probed.add(kind)
             self._accumulate(loss_fn, batch, opt, probe=True)
             fits = torch.tensor(self.micro, device=self.device)
             torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN)

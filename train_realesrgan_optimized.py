@@ -9,6 +9,7 @@ python train_realesrgan_optimized.py                          # try it out on bu
 python train_realesrgan_optimized.py --upscale PICTURE_OR_FOLDER
 """
 
+import collections
 import copy
 import functools
 import io
@@ -27,29 +28,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
 try:
-    from common import (
-        EMA,
-        SAMPLE_MARKS,
-        UNREADABLE,
-        Items,
-        Parts,
-        RecipeError,
-        Run,
-        Settings,
-        find_images,
-        load_tensors,
-        main,
-        mix,
-        open_records,
-        opt,
-        picture,
-        read_image,
-        read_json,
-        save_tensors,
-        say,
-        uniforms,
-        write_aside,
-    )
+    from common import (  # isort: skip
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory, main, mix,
+        open_records, opt, picture, read_image, read_json, save_tensors, say, uniforms, write_aside,
+    )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
         raise
@@ -66,9 +48,9 @@ EXPORT = "realESRGAN_fast_training"  # .pth, .safetensors and .onnx
 
 @dataclass
 class Config(Settings):
-    preset: str = opt("optimized", "RRDBNet of 24 x 8, 32 x 12 or 64 x 23", fixed=True, everyday=True, choices=tuple(PRESETS))
+    preset: str = opt("optimized", "features x blocks 24x8, 32x12, 64x23", fixed=True, everyday=True, choices=tuple(PRESETS))
     scale: int = opt(4, "enlargement", fixed=True, everyday=True, choices=(1, 2, 4))
-    degradation: str = opt("light", "makes the small pictures", fixed=True, everyday=True, choices=("bicubic", "light", "real"))
+    degradation: str = opt("light", "how pictures shrink", fixed=True, everyday=True, choices=("bicubic", "light", "real"))
     lr_dir: str = opt("", "folder of your own small pictures with the same names; replaces --degradation")
     target_size: int = opt(96, "high-resolution crop in pixels, a multiple of 8", fixed=True, everyday=True, low=32)
     batch_size: int = opt(8, "crops per forward pass and process", everyday=True, low=1)
@@ -76,10 +58,10 @@ class Config(Settings):
     learning_rate: float = opt(3e-3, "peak learning rate of SOAP", fixed=True, low=0)
     grow: bool = opt(False, "crops grow from half of target_size to all of it over the run", fixed=True)
     gan: bool = opt(False, "adversarial training in the last part of the run", fixed=True, everyday=True)
-    gan_share: float = opt(0.3, "that part of the run", fixed=True, low=0, high=1)
-    vgg: str = opt("", "VGG19 weights (.pth) for the perceptual loss of that part")
+    gan_share: float = opt(0.3, "share of the run that is adversarial", fixed=True, low=0, high=1)
+    vgg: str = opt("", "torchvision's VGG19 weights (.pth), for the perceptual loss of --gan")
     init: str = opt("", "weights to start from (.pth, .safetensors), published ones or your own")
-    val_epochs: float = opt(2.0, "epochs between two evaluations; ten in a run at most", low=0)
+    val_epochs: float = opt(2.0, "epochs between evaluations; ten a run at most, and with a time budget alone", low=0)
     val_images: int = opt(24, "validation images to use at most", low=1)
     tile: int = opt(256, "low-resolution pixels that are enlarged at once", low=16)
     upscale: str = opt("", "picture or folder to enlarge with the trained model", everyday=True, action=True)  # no training
@@ -140,7 +122,7 @@ def load_pair(path, cfg, partners, crop=0):
         low, size = load_item(partners[path]), (high.shape[0] // s, high.shape[1] // s)
         if low.shape[:2] != size:
             raise ValueError(f"its small picture has {low.shape[1]} x {low.shape[0]} pixels, not {size[1]} x {size[0]}")
-        low, high = to_array(to_tensor(low)), to_array(to_tensor(high[: s * size[0], : s * size[1]]))
+        high = high[: s * size[0], : s * size[1]]
     if crop:
         return tuple(a if a is None else mirrored(a, crop // k) for a, k in ((high, 1), (low, s)))
     rows, cols = (min(768, n // 4 * 4) for n in high.shape[:2])
@@ -148,8 +130,7 @@ def load_pair(path, cfg, partners, crop=0):
     high = np.ascontiguousarray(high[top : top + rows, left : left + cols])
     if low is not None:
         return high, np.ascontiguousarray(low[top // s : (top + rows) // s, left // s : (left + cols) // s])
-    own = torch.Generator().manual_seed(mix(cfg.seed, getattr(path, "name", path)))
-    low = degrade(to_tensor(high), cfg.degradation, s, lambda kind, shape: getattr(torch, kind)(shape, generator=own))
+    low = degrade(to_tensor(high), cfg.degradation, s, draws(mix(cfg.seed, getattr(path, "name", path))))
     return high, to_array(low)[..., 0] if high.ndim == 2 else to_array(low)
 
 
@@ -162,6 +143,12 @@ def to_tensor(image):
 def to_array(x):
     """float [1, c, h, w] in 0..1 -> uint8 [h, w, c]."""
     return (x[0] * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def draws(seed):
+    """draw(kind, shape) as of `Run.draw`, from a generator of its own on the CPU."""
+    own = torch.Generator().manual_seed(seed)
+    return lambda kind, shape: getattr(torch, kind)(shape, generator=own)
 
 
 def gray(x):
@@ -208,18 +195,24 @@ class Crops(torch.utils.data.Dataset):
 
 
 def partners_of(paths, root, cfg):
-    """{picture: its small picture in --lr_dir}, by the path below the root or by the name, whatever the suffix."""
+    """{picture: its small picture in --lr_dir}: the one of its folder and path, else of its path, else the only one of its
+    name, whatever the suffix. RecipeError names a picture that has none."""
     if not cfg.lr_dir:
         return {}
-    small, here, found = Path(cfg.lr_dir).expanduser(), {}, {}
+    small, here, named, found = Path(cfg.lr_dir).expanduser(), {}, {}, {}
+    root = root.parent if root.is_file() else root
     for p in find_images(small, "small pictures"):
-        here[p.relative_to(small).with_suffix("")] = here[Path(p.stem)] = p
+        below = p.relative_to(small).with_suffix("")
+        here[below] = p
+        for name in {below.name, below.name.removesuffix(f"x{cfg.scale}")}:  # 0001x4.png is usual too
+            named.setdefault(name, []).append(p)
     for path in paths:
-        below = path.relative_to(root).with_suffix("") if path.is_relative_to(root) else Path(path.stem)
-        found[path] = here.get(below) or here.get(Path(path.stem))
+        below = (path.relative_to(root) if path.is_relative_to(root) else Path(path.name)).with_suffix("")
+        same = named.get(below.name, [])
+        found[path] = here.get(root.name / below) or here.get(below) or (same[0] if len(same) == 1 else None)
     alone = [p for p, partner in found.items() if partner is None]
     if alone:
-        raise RecipeError(f"{len(alone)} of {len(paths)} pictures have none of the same name in {small}, e.g. {alone[0]}.", 2)
+        raise RecipeError(f"{len(alone)} of {len(paths)} pictures have no partner of that name in {small}, e.g. {alone[0]}.", 2)
     return found
 
 
@@ -227,6 +220,10 @@ def open_data(cfg, run):
     """(training crops, validation pairs) of the folders, or of the built-in textures without any; writes data.png."""
     if cfg.target_size % 8:
         raise RecipeError(f"--target_size is {cfg.target_size}; it takes a multiple of 8.", 2)
+    if cfg.gan and cfg.patience:
+        raise RecipeError("--patience would end the run before the second stage of --gan; leave one of them away.", 2)
+    if cfg.vgg and not cfg.gan:
+        raise RecipeError("--vgg is for the second stage; add --gan.", 2)
     if cfg.scale == 1 and cfg.degradation == "bicubic" and not cfg.lr_dir:
         raise RecipeError("--scale 1 with --degradation bicubic leaves nothing to learn; choose light or real.", 2)
     if cfg.data_dir:
@@ -235,9 +232,9 @@ def open_data(cfg, run):
         train, val = ([r["image"] for r in records] for records in sets)
         train_pairs, val_pairs = (partners_of(p, Path(r).expanduser(), cfg) for p, r in zip((train, val), roots))
     else:
-        say("No --data_dir: training on built-in textures, to try things out; figures count on real images only.")
-        if cfg.lr_dir:
-            raise RecipeError("--lr_dir needs --data_dir: the pictures that its small ones belong to.", 2)
+        say("No --data_dir: training on built-in textures, to try things out; for your pictures add --data_dir FOLDER.")
+        if cfg.lr_dir or cfg.val_dir:
+            raise RecipeError("--lr_dir and --val_dir need --data_dir: the pictures to train on.", 2)
         train, val, train_pairs, val_pairs = [f"train {i}" for i in range(BUILT_IN)], [f"val {i}" for i in range(6)], {}, {}
     if len(val) > cfg.val_images:
         say(f"Validating on {cfg.val_images} of {len(val)} pictures, evenly chosen; --val_images changes that.")
@@ -246,11 +243,10 @@ def open_data(cfg, run):
     data = Crops(Items(train, functools.partial(load, partners=train_pairs, crop=cfg.target_size), check=run.check), cfg)
     val = Items(val, functools.partial(load, partners=val_pairs), "validation", run.check)
     batch = data.__getitems__([(0, i * len(data) // 12) for i in range(12)])
-    high, own = batch["hr"].float() / 255, torch.Generator().manual_seed(cfg.seed)
-    low = batch["lr"].float() / 255 if "lr" in batch else degrade(
-        high, cfg.degradation, cfg.scale, lambda kind, shape: getattr(torch, kind)(shape, generator=own))  # fmt: skip
-    cells = [[to_array(a.repeat_interleave(k, 1).repeat_interleave(k, 2)[None]) for a, k in ((x, cfg.scale), (y, 1))]
-             for x, y in zip(low, high)]  # fmt: skip
+    high = batch["hr"].float() / 255
+    low = batch["lr"].float() / 255 if cfg.lr_dir else degrade(high, cfg.degradation, cfg.scale, draws(cfg.seed))
+    low = low.repeat_interleave(cfg.scale, 2).repeat_interleave(cfg.scale, 3)
+    cells = [[to_array(low[i : i + 1]), to_array(high[i : i + 1])] for i in range(12)]
     sheet = picture([sum(cells[r : r + 4], []) for r in (0, 4, 8)], ["input", "target"] * 4)
     if run.main:
         write_aside(run.folder / "data.png", lambda f: sheet.save(f, "PNG"))
@@ -263,7 +259,7 @@ def between(u, low, high):
     return low + u * (high - low)
 
 
-def blur_kernels(u, widest, sinc):
+def blur_kernels(u, widest, sinc, lowest=math.pi / 5):
     """Random 21 x 21 kernels [n, 21, 21] from u [n, 9] in 0..1: Real-ESRGAN's six kinds of Gaussians of sigma 0.2 to `widest`,
     or for a share `sinc` circular low-pass filters, which ring as sharpened pictures do (Wang et al., 2021)."""
     size, sigma, angle, kind, other, side, shape, which, cutoff = u[:, :, None, None].unbind(1)
@@ -277,7 +273,7 @@ def blur_kernels(u, widest, sinc):
     bell, flat = (torch.where(side < 0.5, between(shape, low, 1), between(shape, 1, high)) for low, high in ((0.5, 4), (1, 2)))
     kernel = torch.exp(-0.5 * r2 ** torch.where(kind < 0.70, 1.0, bell))
     kernel = torch.where(kind < 0.85, kernel, 1 / (1 + r2**flat))
-    cutoff, r = between(cutoff, torch.where(half < 6, math.pi / 3, math.pi / 5), math.pi), (y**2 + x**2).sqrt().clamp(min=1e-6)
+    cutoff, r = between(cutoff, torch.where(half < 6, math.pi / 3, lowest), math.pi), (y**2 + x**2).sqrt().clamp(min=1e-6)
     waves = (cutoff * r).cpu() if u.device.type == "mps" else cutoff * r
     jinc = torch.where(
         r < 0.5, cutoff**2 / (4 * math.pi), cutoff * torch.special.bessel_j1(waves).to(u.device) / (2 * math.pi * r)
@@ -287,9 +283,9 @@ def blur_kernels(u, widest, sinc):
 
 
 def blur(x, kernels):
-    """Each picture of [n, 3, h, w] by its own kernel [n, 21, 21], edges repeated."""
+    """Each picture of [n, 3, h, w] by its own kernel [n, 21, 21]; mirrored at the edges, repeated where it is too small."""
     n, c, h, w = x.shape
-    x = F.pad(x, (10,) * 4, mode="replicate").reshape(1, n * c, h + 20, w + 20)
+    x = F.pad(x, (10,) * 4, mode="reflect" if min(h, w) > 10 else "replicate").reshape(1, n * c, h + 20, w + 20)
     return F.conv2d(x, kernels.repeat_interleave(c, 0)[:, None], groups=n * c).view(n, c, h, w)
 
 
@@ -342,7 +338,7 @@ def jpeg(x, quality):
     chroma_table = torch.full((8, 8), 99.0, device=x.device)
     chroma_table[:4, :4] = torch.tensor([float(t) for t in CHROMA_TABLE.split()], device=x.device).view(4, 4)
     quality = quality.floor()
-    scale = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality)[:, None, None]
+    scale = torch.where(quality < 50, (5000 / quality).floor(), 200 - 2 * quality)[:, None, None]
     k = torch.arange(8.0, device=x.device)
     dct = torch.cos(math.pi / 16 * (2 * k + 1) * k[:, None]) * torch.where(k == 0, math.sqrt(1 / 8), 0.5)[:, None]
 
@@ -363,7 +359,8 @@ def real_chain(x, size, draw):
     """Real-ESRGAN's two-order chain (Wang et al., 2021, with its published ranges): [n, 3, h, w] -> [n, 3, *size] in 0..1.
 
     Its authors share resize factors inside a batch and shuffle a pool of 180 pairs to hide that; here each picture has its
-    own, so that there is no pool, and update k depends on (seed, k) alone.
+    own, so that there is no pool, and update k depends on (seed, k) alone. They also degrade more than the crop and cut
+    after it, and sharpen the targets (USM); this degrades the crop, and the target is your picture as it is.
     """
     n, _, h, w = x.shape
     u, now = draw("rand", (n, 48)), [x.new_full((n,), float(side)) for side in (h, w)]
@@ -381,7 +378,9 @@ def real_chain(x, size, draw):
     v, goal = u[:, 36:], [x.new_full((n,), float(side)) for side in size]
     late, quality = v[:, 11, None, None, None] < 0.5, between(v[:, 10], 30, 95)
     x = resize(torch.where(late, x, jpeg(x, quality)), u[:, 35], now, goal, size)
-    x = torch.where(v[:, 9, None, None, None] < 0.8, blur(x, blur_kernels(v[:, :9], 1.0, 1.0)).clamp(0, 1), x.clamp(0, 1))
+    x = torch.where(
+        v[:, 9, None, None, None] < 0.8, blur(x, blur_kernels(v[:, :9], 1.0, 1.0, math.pi / 3)).clamp(0, 1), x.clamp(0, 1)
+    )
     return torch.where(late, jpeg(x, quality), x)
 
 
@@ -501,7 +500,8 @@ class Discriminator(nn.Module):
         self.conv7, self.conv8 = (norm(nn.Conv2d(f, f, 3, 1, 1, bias=False)) for _ in range(2))
         self.conv9 = nn.Conv2d(f, 1, 3, padding=1)
         for k in range(1, 9):  # spectral norm leaves next to nothing of a signal behind the usual start
-            nn.init.orthogonal_(getattr(self, f"conv{k}").parametrizations.weight.original)
+            weight = getattr(self, f"conv{k}").parametrizations.weight.original.data
+            weight.copy_(nn.init.orthogonal_(torch.empty(weight.shape, device="cpu")))  # not every MPS has the QR for it
 
     def forward(self, x):
         levels = [F.leaky_relu(self.conv0(x), 0.2)]
@@ -535,15 +535,19 @@ class Perceptual(nn.Module):
                 raise RecipeError(f"--vgg {path} is no VGG19: {str(e).splitlines()[-1].strip()}", 2) from None
         self.requires_grad_(False).eval()
 
-    def forward(self, x, y):
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        x, total = (torch.cat([x, y]) - mean) / std, 0.0
+    def seen(self, x):
+        """The features of RGB [n, 3, h, w] in 0..1, one tensor for each of `layers`."""
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        x, found = (x - mean) / std, []
         for k, layer in enumerate(self.features):
             x = layer(x)
-            if k in self.layers:
-                a, b = x.float().chunk(2)
-                total = total + self.layers[k] * F.l1_loss(a, b)
-        return total
+            found += [x.float()] if k in self.layers else []
+        return found
+
+    def forward(self, x, goal):
+        with torch.no_grad():
+            goal = self.seen(goal)
+        return sum(w * F.l1_loss(a, b) for w, a, b in zip(self.layers.values(), self.seen(x), goal))
 
 
 def detail_loss(x, y):
@@ -557,7 +561,7 @@ def detail_loss(x, y):
 # --- speed: skip this at first reading ----------------------------------------------------------------------------------
 class DenseBlock(torch.autograd.Function):
     """ResidualDenseBlock with its own backward pass: one 72-channel buffer instead of five growing copies, backward as
-    another dense block, and the five weight gradients as one convolution. It keeps a third of the activations.
+    another dense block, and the five weight gradients as one convolution. It keeps less than half of the activations.
 
     apply(x [n, f, h, w], back, five weights, five biases); back: the weights [f + 4g, f + 4g, 3, 3] turned around, input
     channels first, so that the gradient of a layer's output is one convolution of all that came after it.
@@ -574,19 +578,18 @@ class DenseBlock(torch.autograd.Function):
         for k in range(4):
             outs.append(F.leaky_relu_(F.conv2d(seen[:, : f + k * g] if k else x, layers[k], layers[5 + k], padding=1), 0.2))
             seen[:, f + k * g : f + (k + 1) * g] = outs[-1]
-        ctx.save_for_backward(seen, back)
+        ctx.save_for_backward(seen, back, *outs)
         return torch.add(x, F.conv2d(seen, layers[4], layers[9], padding=1), alpha=0.2)
 
     @staticmethod
     def backward(ctx, d):
-        seen, back = ctx.saved_tensors
+        seen, back, *outs = ctx.saved_tensors
         f, g = d.shape[1], (seen.shape[1] - d.shape[1]) // 4
         grads = torch.empty_like(seen)  # of what goes into the activations: g channels of each layer, then f of the last
         grads[:, 4 * g :] = d * 0.2
         for k in (3, 2, 1, 0):
-            own = slice(f + k * g, f + (k + 1) * g)
-            out = F.conv2d(grads[:, (k + 1) * g :], back[own, (k + 1) * g :], padding=1)
-            grads[:, k * g : (k + 1) * g] = torch.ops.aten.leaky_relu_backward(out, seen[:, own].contiguous(), 0.2, True)
+            out = F.conv2d(grads[:, (k + 1) * g :], back[f + k * g : f + (k + 1) * g, (k + 1) * g :], padding=1)
+            grads[:, k * g : (k + 1) * g] = torch.ops.aten.leaky_relu_backward(out, outs[k], 0.2, True)
         weights = torch.nn.grad.conv2d_weight(seen, back.shape, grads, padding=1)
         spans = [slice(k * g, (k + 1) * g) for k in range(4)] + [slice(4 * g, None)]
         bias = grads.sum((0, 2, 3))
@@ -656,17 +659,21 @@ class SOAP(torch.optim.Optimizer):
                 state = self.state[same[0]]
                 state["step"] += 1
                 k, bases, g = state["step"], state["bases"], torch.stack([p.grad for p in same]).view(state["mean"].shape)
+                new = k % every == 0
+                mean = self.turn(state["mean"], bases, back=True) if new else None  # it is kept in the basis
                 for axis, (factor, q) in enumerate(zip(state["factors"], bases)):
                     if q.numel():
                         flat = g.movedim(axis + 1, 1).flatten(2)
                         factor.lerp_(flat @ flat.mT, 1 - b1)
-                        if k % every == 0:  # one step of power iteration, damped, so that rounding turns no direction
+                        if new:  # one step of power iteration, damped, so that rounding turns no direction
                             m = factor @ q + 0.01 * factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * q
                             q.copy_(torch.linalg.qr(m.cpu() if m.device.type == "mps" else m)[0])
-                state["mean"].lerp_(g, 1 - b1)
+                if new:
+                    state["mean"].copy_(self.turn(mean, bases))
                 turned = self.turn(g, bases)
+                state["mean"].lerp_(turned, 1 - b1)
                 state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
-                mean = self.turn(state["mean"], bases) / (1 - b1**k)
+                mean = state["mean"] / (1 - b1**k)
                 mean /= (state["square"] / (1 - b2**k)).sqrt_().add_(1e-10)
                 steps = self.turn(mean, bases, back=True).reshape(len(same), *same[0].shape).unbind()
                 torch._foreach_add_(same, list(steps), alpha=-group["lr"])
@@ -840,7 +847,7 @@ def export(model, folder):
     goal = plain(x).detach()
 
     def compare(path, result):
-        gap = float((result - goal).abs().max())
+        gap = float((result - goal).abs().max() / goal.abs().max().clamp(min=1))
         if not gap < 1e-4:
             raise RecipeError(f"{path} differs from the model by {gap:.1e}: try another version of torch or onnx.")
 
@@ -891,7 +898,7 @@ def build(cfg, run):
                 state["step"].zero_()
             if cfg.vgg:
                 parts.look = types.SimpleNamespace(loss=Perceptual(cfg.vgg))  # not a part of checkpoints
-    model.fast = not cfg.compile
+    model.fast = not cfg.compile and run.kind != "mps"  # not tried there
     run.compile(model)
     return parts
 
@@ -901,9 +908,9 @@ def crop_now(cfg, run):
     return 8 * math.ceil(cfg.target_size * (4 + min(4, int(5 * run.trained()))) / 64) if cfg.grow else cfg.target_size
 
 
-def adversarial(cfg, run):
-    """Whether the second stage has begun."""
-    return cfg.gan and run.trained() >= 1 - cfg.gan_share
+def adversarial(cfg, run, progress=None):
+    """Whether the second stage has begun, at the run's progress or another."""
+    return cfg.gan and run.trained(progress) >= 1 - cfg.gan_share
 
 
 def example_batch(cfg, run):
@@ -926,6 +933,13 @@ def make_pair(batch, cfg, run):
     return {k: x.contiguous(memory_format=torch.channels_last) for k, x in (("hr", hr), ("lr", lr))}
 
 
+def enlarged(net, low):
+    """net(low) in fp32, whose gradient keeps the memory layout: without that a loss turns the whole backward pass around."""
+    out = net(low).float()
+    out.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
+    return out
+
+
 def train_step(parts, batch, cfg, run):
     """One update from a batch of `Crops`: of the network, in the second stage then of the discriminator.
 
@@ -940,17 +954,17 @@ def train_step(parts, batch, cfg, run):
         run.anneal(parts.opt, "onecycle", span=(0, first))
 
         def loss_fn(part):
-            d = net(part["lr"]).float() - part["hr"]
+            d = enlarged(net, part["lr"]) - part["hr"]
             return d.abs().mean() + gray(d).abs().mean()  # EDIT HERE: the loss. The eye and PSNR look at luma most
 
         return run.update(loss_fn, pair, parts.opt, parts.model, parts.ema)
-    run.anneal(parts.disc_opt, "cosine", span=(first, 1))
+    run.anneal(parts.disc_opt, "constant", span=(first, 1))
     run.anneal(parts.opt, "cosine", span=(first, 1))
     pair["fake"], parts.disc = torch.empty_like(pair["hr"]), parts.disc.requires_grad_(False)
     half = run.dtype is torch.bfloat16  # fp16 is too narrow for the discriminator
 
     def generator_loss(part):
-        out = net(part["lr"]).float()
+        out = enlarged(net, part["lr"])
         part["fake"].copy_(out.detach())  # a slice of the pair: the discriminator learns from it below
         with torch.autocast(run.device.type, enabled=half):
             logits = parts.disc(out).float()
@@ -991,13 +1005,15 @@ def wrap_up(parts, val, cfg, run):
 def assess(parts, val, cfg, run):
     """Evaluate, and keep the best weights by PSNR; not those of the second stage, which trades PSNR for sharpness."""
     metrics = evaluate(parts.ema.model, val, cfg, run)
-    if adversarial(cfg, run) and run.step:
+    if run.step and cfg.gan_share < 1 and adversarial(cfg, run, run.was):  # the stage of the update just done
         run.record({"step": run.step, "metric": "psnr", **metrics})
     else:
         run.judge("psnr", metrics, parts.ema.model.state_dict())
     if metrics["colour_drift"] > 2 and run.trained() > 0.1:
-        say(f"Colours drift: the mean of the results lies {metrics['colour_drift']:.1f} levels of 255 from the inputs'. "
-            "If it grows, stop and continue from an earlier result with --init at a third of the --learning_rate.")  # fmt: skip
+        say(
+            f"Colours drift: results differ from their inputs by {metrics['colour_drift']:.1f} levels of 255. If that grows: "
+            f"Ctrl-C, then --out_dir NEW --init {run.folder / 'best.pt'} --learning_rate {cfg.learning_rate / 3:g}"
+        )
     return metrics
 
 
@@ -1024,24 +1040,33 @@ def train(cfg):
         if cfg.init and run.saved < 0:
             start_from(parts.model, cfg)
             parts.ema.model.load_state_dict(parts.model.state_dict())
+        elif cfg.init:
+            say("--init is left alone: this run has begun already. To start from it: --fresh, or another --out_dir.")
+        if cfg.gan and not adversarial(cfg, run) and any(state["step"] for state in parts.disc_opt.state.values()):
+            say("This run was in its second stage; longer now, it goes back to the first.")
         metrics = start = wrap_up(parts, val, cfg, run)
         say(f"Before: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB on {val.good} validation images.")
         if cfg.gan and not cfg.vgg:
             say("--gan without --vgg: gradients and spectra stand in for the perceptual loss of VGG19.")
-        every = max(0.1, cfg.val_epochs * len(data) / run.samples / run.planned_steps)
+        if cfg.data_dir and run.planned_steps < 500:
+            say(f"Only {run.planned_steps} updates; --time_budget 30m or a larger --num_epochs gives it time to learn.")
+        every = max(0.1, cfg.val_epochs * len(data) / run.samples / max(run.planned_steps, 1))
+        turn = (1 - cfg.gan_share,) if cfg.gan and 0 < cfg.gan_share < 1 else ()
         for batch in run.batches():
             run.advance(train_step(parts, batch, cfg, run))
-            if run.due(every=every, at=(0.05,)) and not run.over:
+            if run.due(every=every, at=(0.05, *turn)) and not run.over:
                 metrics = assess(parts, val, cfg, run)
                 say(f"step {run.step}: {metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB")
                 if run.due(at=(0.05,)):
                     say(verdict(metrics["psnr"] - start["psnr"], metrics["psnr"] - metrics["psnr_bicubic"], batch, cfg, run))
+            if run.due(at=turn):
+                say("The second stage begins: sharper textures, at a lower PSNR. best.pt keeps the best of the first.")
             if run.due(at=SAMPLE_MARKS):
                 run.write(lambda: show(parts, val, cfg, run))
         metrics = run.finish(wrap_up(parts, val, cfg, run))
         say(
             f"{metrics['psnr']:.2f} dB, bicubic {metrics['psnr_bicubic']:.2f} dB, SSIM {metrics['ssim']:.4f} on {val.good} "
-            f"images after {run.step} updates. {EXPORT}.pth, .safetensors, .onnx and pictures are in {run.folder}"
+            f"images after {run.step} updates. The weights ({EXPORT}.*) and pictures are in {run.folder}"
         )
         return metrics
 
@@ -1050,20 +1075,20 @@ def train(cfg):
 def load(run_dir, device="cpu"):
     """The trained (EMA) model of a run folder in eval mode: RGB [n, 3, h, w] in 0..1 -> [n, 3, scale * h, scale * w]."""
     run_dir = Path(run_dir)
-    saved, done = read_json(run_dir / "settings.json").get("settings"), (run_dir / "metrics.json").exists()
-    weights = run_dir / (f"{EXPORT}.pth" if done else "best.pt")
-    if not saved or not weights.exists():
+    about, done = read_json(run_dir / "settings.json"), (run_dir / "metrics.json").exists()
+    weights, saved = run_dir / (f"{EXPORT}.pth" if done else "best.pt"), about.get("settings")
+    if about.get("recipe") != RECIPE or not saved or not weights.exists():
         raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    state = load_tensors(weights)
+    state = read_weights(weights)
     if not done:
-        say(f"The run in {run_dir} has not finished; these are its best weights so far, of update {state['step']}.")
+        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
     model = RRDBNet(*PRESETS[saved["preset"]], saved["scale"])
-    model.load_state_dict(regrow(state["params_ema"], PRESETS[saved["preset"]][2]) if done else state["model"])
+    model.load_state_dict(regrow(state, PRESETS[saved["preset"]][2]))
     return model.to(device).eval()
 
 
 def read_deep(path):
-    """(float32 [h, w, 1 to 4] in 0..1, whether the file has 16 bits): gray, gray + alpha, RGB or RGBA, upright."""
+    """(float32 [h, w, 1 to 4] in 0..1, whether the file has 16 bits): gray, gray + alpha, RGB or RGBA."""
     with Image.open(path) as image:
         raw = str(image.tile[0][3]) if image.tile else ""
         if image.mode[0] not in "IF" and ";16" in raw:  # Pillow would drop eight bits of colour
@@ -1072,11 +1097,14 @@ def read_deep(path):
             except ImportError:
                 raise ValueError("16-bit colour; for it, pip install opencv-python-headless") from None
             values = cv2.imdecode(np.frombuffer(Path(path).read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+            if values is None or values.ndim != 3:
+                raise ValueError("OpenCV cannot decode it")
             return np.float32(values[..., [2, 1, 0, *range(3, values.shape[2])]] / 65535), True
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
-            values = np.asarray(image, np.float32)[..., None]
-            return values / (65535 if image.mode[0] == "I" else max(float(values.max()), 1e-9)), True
+            values = np.nan_to_num(np.asarray(image, np.float32)[..., None]).clip(0)
+            top = max(float(values.max()), 1e-9)
+            return values / (65535 if image.mode[0] == "I" and top <= 65535 else top), True
         clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
         mode = ("LA" if clear else "L") if image.mode in ("1", "L", "LA", "La") else "RGBA" if clear else "RGB"
         values = np.asarray(image.convert(mode), np.float32) / 255
@@ -1113,15 +1141,22 @@ def upscale(cfg):
         folder = run.folder  # named, or the one of the built-in data
     model, source = load(folder, run.device), Path(cfg.upscale).expanduser()
     files, done = [source] if source.is_file() else find_images(source, "pictures to enlarge"), []
+    say(f"Enlarging {model.scale} times with the model in {folder}")
+    names = collections.Counter(p.with_suffix("") for p in files)
     for path in files:
         try:
             image, deep = read_deep(path)
         except UNREADABLE as e:
             say(f"Left out {path}: {e}")
             continue
-        out = upscale_image(model, image, cfg.tile)
+        try:
+            out = upscale_image(model, image, cfg.tile)
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+            raise RecipeError(f"Out of memory enlarging {path}; try --tile {max(16, cfg.tile // 2)}.") from e
         name = path.relative_to(source) if path != source else Path(path.name)
-        alone = sum(p.with_suffix("") == path.with_suffix("") for p in files) == 1  # beside a.png, a.jpg keeps its suffix
+        alone = names[path.with_suffix("")] == 1  # beside a.png, a.jpg keeps its suffix
         target = folder / "upscaled" / (name.with_suffix(".png") if alone else name.with_name(name.name + ".png"))
         target.parent.mkdir(parents=True, exist_ok=True)
         write_deep(target, out, deep)

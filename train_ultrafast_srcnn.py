@@ -363,17 +363,21 @@ class SOAP(torch.optim.Optimizer):
                 state = self.state[same[0]]
                 state["step"] += 1
                 k, bases, g = state["step"], state["bases"], torch.stack([p.grad for p in same]).view(state["mean"].shape)
+                new = k % every == 0
+                mean = self.turn(state["mean"], bases, back=True) if new else None  # it is kept in the basis
                 for axis, (factor, q) in enumerate(zip(state["factors"], bases)):
                     if q.numel():
                         flat = g.movedim(axis + 1, 1).flatten(2)
                         factor.lerp_(flat @ flat.mT, 1 - b1)
-                        if k % every == 0:  # one step of power iteration, damped, so that rounding turns no direction
+                        if new:  # one step of power iteration, damped, so that rounding turns no direction
                             m = factor @ q + 0.01 * factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * q
                             q.copy_(torch.linalg.qr(m.cpu() if m.device.type == "mps" else m)[0])
-                state["mean"].lerp_(g, 1 - b1)
+                if new:
+                    state["mean"].copy_(self.turn(mean, bases))
                 turned = self.turn(g, bases)
+                state["mean"].lerp_(turned, 1 - b1)
                 state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
-                mean = self.turn(state["mean"], bases) / (1 - b1**k)
+                mean = state["mean"] / (1 - b1**k)
                 mean /= (state["square"] / (1 - b2**k)).sqrt_().add_(1e-10)
                 steps = self.turn(mean, bases, back=True).reshape(len(same), *same[0].shape).unbind()
                 torch._foreach_add_(same, list(steps), alpha=-group["lr"])

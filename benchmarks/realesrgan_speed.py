@@ -46,8 +46,8 @@ RUNS = tuple(name for name in FORMS if "half, channels" not in name and "fp32, c
 
 def plain_step(parts, batch, cfg, run):
     """One update of the plain loop."""
-    hr = batch["hr"].float() / 255
-    lr = recipe.degrade(hr, cfg.degradation, cfg.scale, run.draw)
+    hr = batch["hr"].float().contiguous() / 255
+    lr = recipe.degrade(hr, cfg.degradation, cfg.scale, run.draw).contiguous()
     run.anneal(parts.opt, "onecycle")
     parts.opt.zero_grad(set_to_none=True)
     d = parts.model(lr) - hr
