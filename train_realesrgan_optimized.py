@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory, main, mix,
-        open_records, opt, picture, read_image, read_json, save_tensors, say, uniforms, write_aside,
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory, load_tensors,
+        main, mix, open_records, opt, picture, read_image, read_json, say, uniforms, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -438,8 +438,8 @@ class RRDBNet(nn.Module):
     """RGB [n, 3, h, w] in 0..1 -> [n, 3, scale * h, scale * w] (Wang et al., "ESRGAN", 2018, with the names of its published
     weights; x2 and x1 fold pixels into channels first, as Real-ESRGAN does, and need h and w to be multiples of 2 and 4).
 
-    It starts as a bilinear enlargement: the first three features carry RGB through the convolutions, the rest adds nothing
-    yet. A bicubic skip would do too, but not inside the format that other programs load.
+    It starts near a bilinear enlargement (x1: of the picture at half its size): the first features carry RGB through the
+    convolutions, the rest adds nothing yet. A bicubic skip would do too, but not inside the format that other programs load.
     """
 
     def __init__(self, features, blocks, growth, scale=4):
@@ -463,16 +463,21 @@ class RRDBNet(nn.Module):
                 conv.bias.zero_()
         self.conv_body.weight.zero_()
         self.conv_last.weight.zero_()
-        triangle, fold = torch.tensor([0.25, 0.5, 0.25]), self.conv_first.in_channels // 3
-        for conv in (self.conv_first, self.conv_up1, self.conv_up2, self.conv_hr, self.conv_last):
+        r, triangle = 4 // self.scale, torch.tensor([0.25, 0.5, 0.25])  # which on repeated pixels is linear interpolation
+        parts, h = min(r * r, 4), max(1, r // 2)  # features of a colour: itself, or the means of the quarters of folded pixels
+        edge = triangle if r == 1 else torch.tensor([-0.15, 0.3, 0.35])  # near least squares to put quarters in their places
+        self.conv_first.weight[: 3 * parts] = 0
+        for conv in (self.conv_up1, self.conv_up2, self.conv_hr):
             conv.weight[:3] = 0
-            for c in range(3):
-                if conv in (self.conv_up1, self.conv_up2):  # on repeated pixels: linear interpolation
-                    conv.weight[c, c] = torch.outer(triangle, triangle)
-                elif conv is self.conv_first:  # the mean of the pixels that were folded into channels
-                    conv.weight[c, c * fold : (c + 1) * fold, 1, 1] = 1 / fold
-                else:
-                    conv.weight[c, c, 1, 1] = 1
+        for c, k in itertools.product(range(3), range(parts)):
+            down, across, quarter = k // 2, k % 2, torch.zeros(r, r)
+            quarter[down * h : down * h + h, across * h : across * h + h] = parts / r**2
+            self.conv_first.weight[parts * c + k, c * r * r : (c + 1) * r * r, 1, 1] = quarter.flatten()
+            sides = (edge.flip(0) if far else edge for far in (down, across))
+            self.conv_up1.weight[c, parts * c + k] = torch.outer(*sides)
+        for c in range(3):
+            self.conv_up2.weight[c, c] = torch.outer(triangle, triangle)
+            self.conv_hr.weight[c, c, 1, 1] = self.conv_last.weight[c, c, 1, 1] = 1
 
     def head(self, x):
         """Features [n, f, h, w] -> [n, 3, 4 * h, 4 * w]."""
@@ -839,29 +844,29 @@ def start_from(model, cfg):
 
 def export(model, folder):
     """Write the weights as .pth and .safetensors with 32 growth channels (for spandrel, chaiNNer, ComfyUI) and a one-file
-    .onnx of any size; each is read again and compared with the model before it counts as written."""
+    .onnx of any size. Each is read again and compared with the model before it takes its name, else RecipeError."""
     plain = copy.deepcopy(model).cpu().eval()
     state = {k: v.contiguous() for k, v in regrow(plain.state_dict(), 32).items()}
-    wide = RRDBNet(*shape_of(state)).eval()
-    x = torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(0))
+    wide, x = RRDBNet(*shape_of(state)).eval(), torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(0))
     goal = plain(x).detach()
 
-    def compare(path, result):
-        gap = float((result - goal).abs().max() / goal.abs().max().clamp(min=1))
-        if not gap < 1e-4:
-            raise RecipeError(f"{path} differs from the model by {gap:.1e}: try another version of torch or onnx.")
+    def write(suffix, fill, enlarge):
+        def check(part):
+            gap = float((enlarge(part) - goal).abs().max() / goal.abs().max().clamp(min=1))
+            if not gap < 1e-4:
+                raise RecipeError(f"{EXPORT}{suffix} would differ from the model by {gap:.1e}: try another torch or onnx.")
 
-    def reread(path):
-        wide.load_state_dict(read_weights(path))
-        compare(path, wide(x).detach())
+        write_aside(folder / f"{EXPORT}{suffix}", fill, check)
 
-    save_tensors(folder / f"{EXPORT}.pth", {"params_ema": state})
-    reread(folder / f"{EXPORT}.pth")
+    def by_weights(state):
+        wide.load_state_dict(state)
+        return wide(x).detach()
+
+    write(".pth", lambda f: torch.save({"params_ema": state}, f), lambda part: by_weights(load_tensors(part)["params_ema"]))
     try:
-        from safetensors.torch import save
+        from safetensors.torch import load_file, save
 
-        write_aside(folder / f"{EXPORT}.safetensors", lambda f: f.write(save(state)))
-        reread(folder / f"{EXPORT}.safetensors")
+        write(".safetensors", lambda f: f.write(save(state)), lambda part: by_weights(load_file(part)))
     except ImportError:
         say(f"No {EXPORT}.safetensors: for it, pip install safetensors.")
     try:
@@ -876,9 +881,11 @@ def export(model, folder):
             plain, (torch.rand(1, 3, 24, 20),), memory, dynamo=False, opset_version=17, input_names=["input"],
             output_names=["output"], dynamic_axes={"input": axes, "output": axes},
         )  # fmt: skip
-    write_aside(folder / f"{EXPORT}.onnx", lambda f: f.write(memory.getvalue()))
-    again = ReferenceEvaluator(onnx.load(folder / f"{EXPORT}.onnx")).run(None, {"input": x.numpy()})[0]
-    compare(folder / f"{EXPORT}.onnx", torch.from_numpy(again))
+
+    def by_onnx(part):
+        return torch.from_numpy(ReferenceEvaluator(onnx.load(part)).run(None, {"input": x.numpy()})[0])
+
+    write(".onnx", lambda f: f.write(memory.getvalue()), by_onnx)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

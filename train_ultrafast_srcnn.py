@@ -440,7 +440,8 @@ def show(parts, val, cfg, run, size=120):
 
 
 def export(model, folder):
-    """Write model.pt and one-file model.onnx (luma 0..1, any size); the ONNX file is reloaded and compared with the model."""
+    """Write model.pt and one-file model.onnx (luma 0..1, any size); the ONNX file is reloaded and compared with the model
+    before it takes its name, else RecipeError."""
     save_tensors(folder / "model.pt", model.state_dict())
     try:
         import onnx
@@ -455,14 +456,15 @@ def export(model, folder):
             plain, (torch.rand(1, 1, 24, 20),), memory, dynamo=False, opset_version=17, input_names=["luma"],
             output_names=["enlarged"], dynamic_axes={"luma": axes, "enlarged": axes},
         )  # fmt: skip
-    write_aside(folder / "model.onnx", lambda f: f.write(memory.getvalue()))
-    x = torch.rand(1, 1, 11, 13, generator=torch.Generator().manual_seed(0))
-    again = ReferenceEvaluator(onnx.load(folder / "model.onnx")).run(None, {"luma": x.numpy()})[0]
-    gap = float(np.abs(again - plain(x).detach().numpy()).max())
-    if not gap < 1e-4:
-        raise RecipeError(
-            f"model.onnx differs from the model by {gap:.1e}; use model.pt, and another version of onnx or torch."
-        )
+
+    def check(part):
+        x = torch.rand(1, 1, 11, 13, generator=torch.Generator().manual_seed(0))
+        again = ReferenceEvaluator(onnx.load(part)).run(None, {"luma": x.numpy()})[0]
+        gap = float(np.abs(again - plain(x).detach().numpy()).max())
+        if not gap < 1e-4:
+            raise RecipeError(f"model.onnx would differ from the model by {gap:.1e}: try another version of torch or onnx.")
+
+    write_aside(folder / "model.onnx", lambda f: f.write(memory.getvalue()), check)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

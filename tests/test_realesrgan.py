@@ -109,8 +109,10 @@ def test_it_starts_near_an_enlarged_copy(scale):
     x = F.interpolate(torch.rand(1, 3, 6, 7), (48, 56), mode="bicubic").clamp(0, 1)
     with torch.no_grad():
         out = recipe.RRDBNet(24, 8, 12, scale)(x)
-    smooth = F.interpolate(F.avg_pool2d(x, 4 // scale), scale_factor=4, mode="bilinear")
-    assert out.shape == smooth.shape and (out - smooth)[..., 12:-12, 12:-12].abs().max() < 0.1
+    half = F.avg_pool2d(x, 2) if scale == 1 else x
+    smooth = F.interpolate(half, scale_factor=max(2, scale), mode="bilinear")
+    assert out.shape == smooth.shape and (out - smooth)[..., 12:-12, 12:-12].abs().max() < 0.15
+    assert (out - smooth)[..., 12:-12, 12:-12].abs().mean() < 0.03
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
@@ -767,6 +769,16 @@ def test_a_drift_of_colours_is_measured_and_said(pictures, tmp_path, capsys):
     assert "Colours drift" not in capsys.readouterr().out
 
 
+def test_the_settings_of_the_guide_come_from_the_environment(pictures, tmp_path):
+    words = ["--data_dir", pictures / "high", "--out_dir", tmp_path / "run", "--device", "cpu", "--degradation", "bicubic"]
+    line = command(*words, recipe="train_realesrgan_optimized", drive={})
+    done = run(line, BATCH_SIZE="2", TARGET_SIZE="64", NUM_EPOCHS="4", SAMPLE_RATIO="0.5")
+    assert done.returncode == 0, done.stderr
+    assert "From the environment: TARGET_SIZE=64 BATCH_SIZE=2 NUM_EPOCHS=4 SAMPLE_RATIO=0.5" in done.stdout
+    assert "Only 6 updates" in done.stdout and "step 6" in done.stdout  # half of six pictures, four times, in twos
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 6
+
+
 # --- formats ----------------------------------------------------------------------------------------------------------
 def test_more_growth_channels_are_the_same_function_and_come_off_again():
     model, x = noisy_model(), torch.rand(1, 3, 16, 12)
@@ -892,11 +904,13 @@ def test_each_export_is_compared(kind, tmp_path, monkeypatch):
         whole = ReferenceEvaluator.run
         monkeypatch.setattr(ReferenceEvaluator, "run", lambda *a: [whole(*a)[0] + 0.01])
     else:
-        read, key = recipe.read_weights, "conv_last.bias"
-        monkeypatch.setattr(recipe, "read_weights", lambda path: {
-            k: v + 0.01 * (path.suffix == ".safetensors" and k == key) for k, v in read(path).items()})  # fmt: skip
-    with pytest.raises(RecipeError, match=f"realESRGAN_fast_training.{kind} differs from the model by \\d"):
+        import safetensors.torch as library
+
+        read, key = library.load_file, "conv_last.bias"
+        monkeypatch.setattr(library, "load_file", lambda path: {k: v + 0.01 * (k == key) for k, v in read(path).items()})
+    with pytest.raises(RecipeError, match=f"realESRGAN_fast_training.{kind} would differ from the model by \\d"):
         recipe.export(noisy_model(1), tmp_path)
+    assert not list(tmp_path.glob(f"*{kind}*"))
 
 
 def test_the_pth_has_what_other_programs_look_for(trained):
@@ -916,7 +930,7 @@ def test_large_outputs_are_compared_by_their_size(tmp_path):
 def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
     model, regrow = noisy_model(blocks=1), recipe.regrow
     monkeypatch.setattr(recipe, "regrow", lambda s, g: {k: v + 0.01 * (k == "conv_last.bias") for k, v in regrow(s, g).items()})
-    with pytest.raises(RecipeError, match=r"realESRGAN_fast_training.pth differs from the model by \d"):
+    with pytest.raises(RecipeError, match=r"realESRGAN_fast_training.pth would differ from the model by \d"):
         recipe.export(model, tmp_path)
 
 
