@@ -2,11 +2,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "pillow", "filelock", "tqdm", "tensorboard", "matplotlib", "onnx", "safetensors"]
 # ///
-"""Train Real-ESRGAN super-resolution (RRDBNet; x1, x2, x4) on a folder of images, in minutes.
+"""Train Real-ESRGAN super-resolution (RRDBNet; x1, x2, x4) on a folder of images, from minutes up.
 
-python train_realesrgan_optimized.py --data_dir photos --time_budget 1h     # add --gan for sharper textures
-python train_realesrgan_optimized.py                          # try it out on built-in textures, under two minutes
-python train_realesrgan_optimized.py --upscale PICTURE_OR_FOLDER
+    python train_realesrgan_optimized.py --data_dir photos --time_budget 30m    # add --gan for sharper textures
+    python train_realesrgan_optimized.py                          # try it out on built-in textures, under two minutes
+    python train_realesrgan_optimized.py --upscale PICTURE_OR_FOLDER
+
+Measured (two cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-21; x4 of bicubic small pictures, trained on T91,
+PSNR on Set5; whole process): 30.75 dB in 2 min, 31.31 dB in 10 min (bicubic 28.43 dB).
 """
 
 import collections
