@@ -45,7 +45,7 @@ except ImportError as e:
 
 RECIPE = "realesrgan_optimized"
 PRESETS = {"optimized": (24, 8, 12), "lightweight": (32, 12, 16), "full": (64, 23, 32)}  # features, blocks, growth
-BUILT_IN = 96  # pictures to train on where there is no --data_dir
+BUILT_IN = 192  # pictures to train on where there is no --data_dir
 EXPORT = "realESRGAN_fast_training"  # .pth, .safetensors and .onnx
 
 

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -606,6 +607,23 @@ def test_the_discriminator_stays_out_of_fp16(capability, dtype, monkeypatch):
     assert set(seen) == {dtype} and len(seen) == 2
 
 
+def test_one_scaler_serves_both_optimizers():
+    """With fp16's loss scaling the two updates of a step give what they give without."""
+    results = []
+    for scale in (None, 1024.0):
+        cfg = recipe.Config(gan=True, gan_share=1.0, **SMALL)
+        run = Run(cfg)
+        run.progress, parts = 0.5, recipe.build(cfg, run)
+        if scale:
+            run.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        losses = recipe.train_step(parts, textures_batch(cfg, 2), cfg, run)
+        results.append((losses, [*parts.model.parameters(), *parts.disc.parameters()]))
+    (plain, weights), (scaled, others) = results
+    assert all(float(plain[k]) == pytest.approx(float(scaled[k]), rel=1e-4) for k in plain)
+    for a, b in zip(weights, others):
+        assert (a - b).abs().max() < 1e-4
+
+
 SMALL = {"target_size": 32, "batch_size": 2, "device": "cpu", "use_amp": False, "val_images": 1, "num_workers": 0}
 
 
@@ -842,6 +860,16 @@ def test_no_data_learns_and_its_weights_load(trained):
     assert not model.training and model.scale == 4
     val = [recipe.load_pair(f"val {i}", cfg, {}) for i in (0, 1, 3, 4)]
     assert recipe.evaluate(model, val, cfg, QUIET)["psnr"] == pytest.approx(metrics["psnr"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_without_data_it_beats_bicubic_within_two_minutes(tmp_path):
+    start = time.monotonic()
+    line = command("--out_dir", tmp_path / "run", "--device", "cpu", recipe="train_realesrgan_optimized")
+    done = run(line, timeout=300, OMP_NUM_THREADS="2")
+    assert done.returncode == 0 and time.monotonic() - start < 120, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["psnr"] > metrics["psnr_bicubic"] + 0.1
 
 
 SPANDREL = """
