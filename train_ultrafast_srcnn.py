@@ -17,6 +17,7 @@ import functools
 import io
 import itertools
 import math
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -517,7 +518,8 @@ def wrap_up(parts, val, cfg, run):
         run.save()
         if run.main:
             show(parts, val, cfg, run)
-            export(parts.ema.model, run.folder)
+            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
+                export(parts.ema.model, run.folder if run.step or run.over else Path(aside))
     return metrics
 
 

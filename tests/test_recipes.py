@@ -100,6 +100,17 @@ def test_a_killed_run_continues_bit_for_bit(recipe, tmp_path):
 
 
 @recipes
+def test_untrained_weights_never_look_like_a_result(recipe, tmp_path):
+    """The rehearsal exports for a try; what a stopped run leaves under the export's name would be its start."""
+    folder = tmp_path / "run"
+    done = run(command(*flags(recipe, folder), recipe=recipe, drive={"export": True, "stop_at": 2}))
+    assert done.returncode == 143 and "after update 2, which is saved" in done.stderr, done.stderr
+    assert not list(folder.rglob("*.onnx")) and not list(folder.glob("tmp*"))
+    done = run(command(*flags(recipe, folder), recipe=recipe, drive={"export": True}))
+    assert done.returncode == 0 and len(list(folder.glob("*.onnx"))) == 1, done.stderr
+
+
+@recipes
 def test_two_processes_give_the_weights_of_one(recipe, tmp_path):
     """With SGD, which adds up nothing but the gradients; what is random in an update is drawn once for both."""
     more = [*EXACT.get(recipe, []), "--learning_rate", "0.01"]
