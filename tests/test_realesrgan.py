@@ -723,6 +723,22 @@ def test_a_run_stopped_in_the_second_stage_continues_bit_for_bit(tmp_path):
     same(checkpoint(tmp_path / "whole")["parts"], checkpoint(tmp_path / "cut")["parts"])
 
 
+def test_two_processes_train_network_and_discriminator(tmp_path):
+    """Their discriminators see halves of a batch, so the figures are near those of one process, not the same bits."""
+    words = "--target_size 32 --num_steps 4 --gan --gan_share 0.5 --val_images 1 --no-use_amp --device cpu".split()
+    one, two = (
+        command(*words, "--out_dir", tmp_path / n, "--batch_size", size, recipe="train_realesrgan_optimized", drive={})
+        for n, size in (("one", 4), ("two", 2))
+    )
+    done = run([two[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *two[1:]])
+    assert done.returncode == 0 and "The second stage begins" in done.stdout, done.stderr[-3000:]
+    assert run(one).returncode == 0
+    last = [json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-2]) for n in ("one", "two")]
+    assert last[0]["step"] == last[1]["step"] == 4
+    for key in ("l1", "detail", "fool", "disc"):
+        assert last[0][key] == pytest.approx(last[1][key], rel=0.05)
+
+
 def test_vgg_is_used_where_its_file_is_given(tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.save(recipe.Perceptual("").state_dict(), tmp_path / "vgg19.pth")
