@@ -739,7 +739,7 @@ class Run:
         self.parts = self.data = self.board = self.bar = None
         self.asked, self.saved, self.judged, self.ddp, self.probed, self.sums, self.settings = "", -1, -1, {}, set(), {}, {}
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
-        self.settled, self.undo = True, contextlib.ExitStack()
+        self.settled, self.undo, self.process = True, contextlib.ExitStack(), os.getpid()
         folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
         self.folder = Path(folder).expanduser()
 
@@ -859,7 +859,8 @@ class Run:
         if self.asked == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
-        os.write(2, f"\n{self.asked}: this update ends, then the run is saved. Ctrl-C again leaves at once.\n".encode())
+        if os.getpid() == self.process:  # and not in a worker that has just been forked
+            os.write(2, f"\n{self.asked}: this update ends, then the run is saved. Ctrl-C again leaves at once.\n".encode())
 
     def check(self):
         """Leave with a saved run when a signal or the session limit asks. For every long loop outside the updates."""
@@ -1126,10 +1127,9 @@ class Run:
             return model
         if id(model) not in self.ddp:
             wrap = torch.nn.parallel.DistributedDataParallel
-            new, old = "forward_sync_buffers", "broadcast_buffers"  # torch 2.13 renamed it
-            flag = new if new in inspect.signature(wrap).parameters else old
-            ids = [self.device.index] if self.kind == "cuda" else None
-            self.ddp[id(model)] = wrap(model, device_ids=ids, **{flag: False})  # no exchange that a replay would repeat
+            names = ("forward_sync_buffers", "broadcast_buffers")  # torch 2.13 renamed it; a replay would repeat it
+            flag = next(n for n in names if n in inspect.signature(wrap).parameters)
+            self.ddp[id(model)] = wrap(model, device_ids=[self.device.index] if self.kind == "cuda" else None, **{flag: False})
         return self.ddp[id(model)]
 
     def compile(self, model):

@@ -1037,7 +1037,7 @@ def verdict(gain, lead, batch, cfg, run):
     cost = f"Making small pictures takes {(time.perf_counter() - start) / 3 / run.step_time:.0%} of a step."
     if max(gain, lead) > 0.05:
         return f"5 % of the run: it learns, {gain:+.2f} dB since the start, {lead:+.2f} against bicubic. {cost}"
-    return f"5 % of the run: only {gain:+.2f} dB since the start. Are the images sharp originals? See data.png. {cost}"
+    return f"5 % of the run: {gain:+.2f} dB since the start. If it stays so: are the images sharp? See data.png. {cost}"
 
 
 def train(cfg):

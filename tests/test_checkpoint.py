@@ -392,6 +392,14 @@ def test_signals_save_and_name_the_command_that_continues(images, tmp_path, name
     assert str(tmp_path / "run") in told and "--num_steps 100000" in told
 
 
+def test_a_worker_that_has_just_been_forked_keeps_quiet(config, capfd):
+    run = common.Run(config())
+    for mine in (False, True):
+        run.process = os.getpid() + (not mine)
+        run._on_signal(signal.SIGTERM, None)
+        assert ("this update ends" in capfd.readouterr().err) == mine
+
+
 def test_a_second_ctrl_c_leaves_at_once(config, srcnn, monkeypatch):
     step, seen = srcnn.train_step, []
 
