@@ -65,7 +65,7 @@ class Config(Settings):
     gan_share: float = opt(0.3, "share of the run that is adversarial", fixed=True, low=0, high=1)
     vgg: str = opt("", "torchvision's VGG19 weights (.pth), for the perceptual loss of --gan")
     init: str = opt("", "weights to start from (.pth, .safetensors), published ones or your own")
-    val_epochs: float = opt(2.0, "epochs between evaluations; ten a run at most, and with a time budget alone", low=0)
+    val_epochs: float = opt(2.0, "epochs between two evaluations, of which a run has about ten at most", low=0)
     val_images: int = opt(24, "validation images to use at most", low=1)
     tile: int = opt(256, "low-resolution pixels that are enlarged at once", low=16)
     upscale: str = opt("", "picture or folder to enlarge with the trained model", everyday=True, action=True)  # no training
@@ -111,10 +111,10 @@ def mirrored(image, size):
 
 
 def load_pair(path, cfg, partners, crop=0):
-    """(high, low) uint8 [h, w, 3] or [h, w] of a file, cut to multiples of 4; low is None where the device makes it.
+    """(high, low) uint8 [h, w, 3] or [h, w] of a file; low is None where the device makes it. ValueError below 32 pixels.
 
-    A training picture (crop > 0) is mirrored outwards where it is smaller than the crop; of a validation picture the
-    middle 768 x 768 pixels count, and its small picture is made here, from its own seed. ValueError below 32 pixels.
+    A training picture (crop > 0) is mirrored outwards where it is smaller than the crop. Of a validation picture the middle
+    768 x 768 pixels count, cut to multiples of 4, and its small picture is made here, from its own seed.
     """
     high, s = load_item(path) if isinstance(path, Path) else coloured(path), cfg.scale
     if high.ndim not in (2, 3) or high.shape[2:] not in ((), (3,)) or high.dtype != np.uint8:
@@ -854,9 +854,9 @@ def export(model, folder):
     wide, x = RRDBNet(*shape_of(state)).eval(), torch.rand(1, 3, 12, 8, generator=torch.Generator().manual_seed(0))
     goal = plain(x).detach()
 
-    def write(suffix, fill, enlarge):
+    def write(suffix, fill, rerun):
         def check(part):
-            gap = float((enlarge(part) - goal).abs().max() / goal.abs().max().clamp(min=1))
+            gap = float((rerun(part) - goal).abs().max() / goal.abs().max().clamp(min=1))
             if not gap < 1e-4:
                 raise RecipeError(f"{EXPORT}{suffix} would differ from the model by {gap:.1e}: try another torch or onnx.")
 
@@ -944,13 +944,6 @@ def make_pair(batch, cfg, run):
     return {k: x.contiguous(memory_format=torch.channels_last) for k, x in (("hr", hr), ("lr", lr))}
 
 
-def enlarged(net, low):
-    """net(low) in fp32, whose gradient keeps the memory layout: without that a loss turns the whole backward pass around."""
-    out = net(low).float()
-    out.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
-    return out
-
-
 def train_step(parts, batch, cfg, run):
     """One update from a batch of `Crops`: of the network, in the second stage then of the discriminator.
 
@@ -965,7 +958,7 @@ def train_step(parts, batch, cfg, run):
         run.anneal(parts.opt, "onecycle", span=(0, first))
 
         def loss_fn(part):
-            d = enlarged(net, part["lr"]) - part["hr"]
+            d = net(part["lr"]).float() - part["hr"]
             return d.abs().mean() + gray(d).abs().mean()  # EDIT HERE: the loss. The eye and PSNR look at luma most
 
         return run.update(loss_fn, pair, parts.opt, parts.model, parts.ema)
@@ -975,7 +968,7 @@ def train_step(parts, batch, cfg, run):
     half = run.dtype is torch.bfloat16  # fp16 is too narrow for the discriminator
 
     def generator_loss(part):
-        out = enlarged(net, part["lr"])
+        out = net(part["lr"]).float()
         part["fake"].copy_(out.detach())  # a slice of the pair: the discriminator learns from it below
         with torch.autocast(run.device.type, enabled=half):
             logits = parts.disc(out).float()
