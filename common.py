@@ -137,7 +137,7 @@ def check_setting(field, value, source):
 
 def help_text(config, doc, everything=False):
     """What --help prints: the script's docstring and its everyday settings; all of them for `--help all`."""
-    fields = dataclasses.fields(config)
+    fields = [f for f in dataclasses.fields(config) if "derived" not in f.metadata]
     lines = [(doc or "").strip(), "", "Settings (flag, else environment variable in capitals, else [default]):"]
     for f in (f for f in fields if everything or f.metadata.get("everyday")):
         more = f" ({', '.join(map(str, f.metadata['choices']))})" if "choices" in f.metadata else ""
@@ -154,7 +154,8 @@ def parse(config, doc="", argv=None):
     """
     if argv is None:  # a notebook kernel's own argv is not ours
         argv = [] if "ipykernel" in sys.modules else sys.argv[1:]
-    fields, words, values = {f.name: f for f in dataclasses.fields(config)}, list(argv), {}
+    fields = {f.name: f for f in dataclasses.fields(config) if "derived" not in f.metadata}
+    words, values = list(argv), {}
     variables = {n: os.environ.get(n.upper()) for n, f in fields.items() if "action" not in f.metadata}
     given = {n: (text, f"The variable {n.upper()}") for n, text in variables.items() if text}
     if given:
@@ -469,6 +470,24 @@ def load_tensors(path, device="cpu"):
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def write_weights(path, state, about=None):
+    """Write tensors as .safetensors, with texts `about` them, read back before it takes its name; as .pth where safetensors is
+    missing."""
+    try:
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+    except ImportError:
+        return save_tensors(path.with_suffix(".pth"), state)
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+
+    def check(part):
+        with safe_open(part, "pt") as again:
+            if set(again.keys()) != set(state) or not all(torch.equal(again.get_tensor(k), v) for k, v in state.items()):
+                raise RecipeError(f"{path.name} did not read back as it was written; is the disk failing?")
+
+    return write_aside(path, lambda f: save_file(state, f.name, about), check)
+
+
 class Parts(types.SimpleNamespace):
     """What a recipe's `build` returns: models, optimizers, EMA by name. All that have a state go into checkpoints."""
 
@@ -483,18 +502,23 @@ class Parts(types.SimpleNamespace):
 class EMA:
     """Running average of a model's weights; the decay warms up: min(decay, (1 + k) / (10 + k)) at update k.
 
-    A fixed 0.9999 over 440 updates would be 96 % initialisation. `ema.model` is the averaged copy, in eval mode.
+    A fixed 0.9999 over 440 updates would be 96 % initialisation. `ema.model` is the averaged copy, in eval mode; weights
+    that are frozen when it is made are no copies.
     """
 
     def __init__(self, model, decay=0.999):
-        modes = {id(p.fake_mode): p.fake_mode for p in model.parameters() if hasattr(p, "fake_mode")}  # of a planned run
-        self.model, self.decay, self.updates = copy.deepcopy(model, modes).eval().requires_grad_(False), decay, 0
+        known = {id(p.fake_mode): p.fake_mode for p in model.parameters() if hasattr(p, "fake_mode")}  # of a planned run
+        known |= {id(p): p for p in model.parameters() if not p.requires_grad}  # frozen weights are shared
+        self.model, self.decay, self.updates = copy.deepcopy(model, known).eval(), decay, 0
+        for mine, new in zip(self.model.parameters(), model.parameters()):
+            mine.requires_grad_(False) if mine is not new else None
 
     @torch.no_grad()
     def update(self, model):
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - keep)
+        pairs = [(a, b) for a, b in zip(self.model.parameters(), model.parameters()) if a is not b]
+        torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - keep)
         for mine, new in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(new)
 
@@ -572,15 +596,22 @@ def read_table(path):
 def open_records(cfg):
     """(training records, validation records): dicts with `image` and whatever other columns the CSV has.
 
-    `data_dir` and `val_dir` are folders or CSVs. Without a `val_dir` the CSV's split column decides (val..., test
-    against the rest), else a tenth is split off by seed; a `group` never straddles the split. `sample_ratio` thins
-    the training records.
+    `data_dir` and `val_dir` are folders or CSVs; of a folder with images/ in it, that, and its masks/ go with them where
+    the recipe has a `mask_dir`. Without a `val_dir` the CSV's split column decides (val..., test against the rest), else a
+    tenth is split off by seed; a `group` never straddles the split. `sample_ratio` thins the training records.
     """
 
-    def listed(place, what):
-        return read_table(place) if str(place).lower().endswith(".csv") else [{"image": p} for p in find_images(place, what)]
+    def listed(place, what, masks=""):
+        if str(place).lower().endswith(".csv"):
+            return read_table(place)
+        root = Path(place).expanduser()
+        below = {p.name.lower(): p for p in sorted(root.iterdir()) if p.is_dir()} if root.is_dir() else {}
+        inside = below.get("images", root)
+        masks = Path(masks).expanduser() if masks else below.get("masks")
+        images = [p for p in find_images(inside, what) if not masks or masks.absolute() not in p.absolute().parents]
+        return pair_masks(images, masks, inside) if masks and hasattr(cfg, "mask_dir") else [{"image": p} for p in images]
 
-    train = listed(cfg.data_dir, "training images")
+    train = listed(cfg.data_dir, "training images", getattr(cfg, "mask_dir", ""))
     groups = [r.get("group") or str(r["image"]) for r in train]
     if any(r.get("split") for r in train):
         held = {g for g, r in zip(groups, train) if str(r.get("split")).strip().lower()[:3] in ("val", "tes")}
@@ -597,6 +628,122 @@ def open_records(cfg):
     if not train or not val:
         raise RecipeError(f"{cfg.data_dir} gives {len(train)} training and {len(val)} validation images; each needs one.", 2)
     return [train[i] for i in sorted(keep)], val
+
+
+MASK_WORDS = r"([_\-. ](image|img|train|training|test|masks?|manual\d*|gt|labels?|seg|segmentation|annotation|vessels?))+$"
+
+
+def pair_masks(images, folder, root):
+    """Records {image, mask} of the images below `root` that have a mask in `folder`; what stays alone is named.
+
+    A mask belongs to the image of the same path, else of the same name, whatever the suffix; else to the one whose name it
+    continues after one of "_-. " (21.tif, 21_manual1.gif), else to the one that equals it without words such as _training,
+    _mask or _manual1 (21_training.tif). Of several the first in the alphabet is taken, and said.
+    """
+    if not images:
+        raise RecipeError(f"All images in {root} are in the folder of masks, {folder}: give images and masks a folder each.", 2)
+    masks, names, records, alone, many, used = find_images(folder, "masks"), {}, [], [], [], set()
+    for p in masks:
+        stem = p.stem.lower()
+        keys = [str(p.relative_to(folder).with_suffix("")), "=" + stem, "+" + re.sub(MASK_WORDS, "", stem)]
+        for key in dict.fromkeys(keys + ["-" + stem[: m.start()] for m in re.finditer(r"[_\-. ]", stem)]):
+            names.setdefault(key, []).append(p)
+    for p in images:
+        stem = p.stem.lower()
+        keys = (str(p.relative_to(root).with_suffix("")), "=" + stem, "-" + stem, "+" + re.sub(MASK_WORDS, "", stem))
+        found = next((names[k] for k in keys if k in names), [])
+        used.update(found)
+        if found:
+            records.append({"image": p, "mask": found[0]})
+            many += [f"{p.name}: {', '.join(m.name for m in found[:4])}"] if len(found) > 1 else []
+        else:
+            alone.append(p.name)
+    unused = [p.name for p in masks if p not in used]
+    if not records:
+        raise RecipeError(f"No mask in {folder} belongs to an image: there is {masks[0].name}, and an image is {alone[0]}. "
+            "Give them the same names, or a CSV with columns image and mask.", 2)  # fmt: skip
+    for texts, what in ((alone, "images have no mask and are left out"), (unused, "masks belong to no image"),
+        (many, "images have more than one mask; the first is taken (merge them into label masks, or give a CSV)")):  # fmt: skip
+        if texts:
+            say(f"{len(texts)} {what}: {', '.join(texts[:5])}{' ...' * (len(texts) > 5)}")
+    return records
+
+
+def read_labels(path):
+    """A mask file as int64 [height, width]: gray values as they stand, a colour as 0x1RRGGBB."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in ("1", "L", "RGB") and image.mode[0] not in "IF":
+            image = image.convert("L" if image.mode in ("LA", "La") else "RGB")
+        values = np.asarray(image).astype(np.int64)
+    if values.ndim == 2:
+        return values
+    gray = (values[..., :1] == values).all(2)
+    return np.where(gray, values[..., 0], values @ np.int64([65536, 256, 1]) + (1 << 24))
+
+
+def find_labels(paths, check=lambda: None):
+    """The values by which masks tell their classes, background first; `[-v]` stands for one class, v and above.
+
+    Prints what was found. RecipeError where no mask tells anything apart, or colours are too many to be classes.
+    """
+    counts, empty, bad = {}, 0, 0
+
+    def count(path):
+        try:
+            return np.unique(read_labels(path), return_counts=True)
+        except UNREADABLE:
+            return (), ()  # `Items` names it
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for values, times in pool.map(count, paths):
+            check()
+            empty, bad = empty + (len(values) == 1), bad + (len(values) == 0)
+            for v, n in zip(values, times):
+                counts[int(v)] = counts.get(int(v), 0) + int(n)
+    values, total = sorted(counts), max(sum(counts.values()), 1)
+    named = ", ".join(f"#{v - (1 << 24):06x}" if v >> 24 else str(v) for v in values[:16])
+    if empty == len(paths) - bad:
+        raise RecipeError(f"All {len(paths)} masks have one value throughout ({named}), e.g. {paths[0]}: they say nothing. "
+            "Look at them, or train without masks on the folder of images alone.", 2)  # fmt: skip
+    if values == [0, 1, 255]:
+        raise RecipeError(f"The masks in {paths[0].parent} hold 0, 1 and 255: two sources that mean the same? Save all of "
+            "them with 0 and 255.", 2)  # fmt: skip
+    if len(values) <= 16:
+        first = 0 if 0 in counts else max(values, key=counts.get)
+        labels = [first, *(v for v in values if v != first)]
+        shares = ", ".join(f"{counts[v] / total:.2%} of the pixels" for v in labels[1:])
+        said = f"values {named}: background is {first}, {len(labels) - 1} class{'es' * (len(labels) > 2)} ({shares})"
+    elif values[-1] >> 24:
+        raise RecipeError(f"The masks have {len(values)} colours, too many for classes: {named} ... Save them as PNG, which "
+            "keeps colours exact, one colour a class.", 2)  # fmt: skip
+    else:
+        middle = (values[0] + values[-1]) // 2
+        labels, share = [-middle - 1], sum(n for v, n in counts.items() if v > middle) / total
+        said = f"{len(values)} values from {values[0]} to {values[-1]}: one class, above {middle} ({share:.2%} of the pixels)"
+    say(f"Masks: {said}; {empty} of {len(paths)} are of one value.")
+    return labels
+
+
+def read_mask(path, labels):
+    """A mask file as bool [classes, height, width] by the `find_labels` of the training; with one class, whatever is not the
+    background is set. ValueError for values that the training did not have."""
+    values = read_labels(path)
+    if labels[0] < 0:
+        return (values >= -labels[0])[None]
+    if len(labels) == 2:
+        return (values != labels[0])[None]
+    if strange := set(np.unique(values).tolist()) - set(labels):
+        raise ValueError(f"its value {min(strange)} is none of the training's: {', '.join(map(str, labels))}")
+    return np.stack([values == v for v in labels[1:]])
+
+
+def square(image, size, how=Image.Resampling.LANCZOS):
+    """The middle square of a uint8 array [h, w, ...], resized to size x size."""
+    h, w = image.shape[:2]
+    s = min(h, w)
+    left, top = (w - s) // 2, (h - s) // 2
+    return np.asarray(Image.fromarray(image).resize((size, size), how, box=(left, top, left + s, top + s)))
 
 
 class Items:
@@ -684,6 +831,62 @@ def picture(rows, titles=(), zoom=1):
     return sheet
 
 
+def overlay(image, mask, fill=False):
+    """uint8 [h, w, 3] of an image [3, h, w] with its mask [classes, h, w], one colour a class: outlines in large images."""
+    out = image.transpose(1, 2, 0).copy()
+    for m, colour in zip(mask if mask is not None else (), ((0, 255, 0), (0, 160, 255), (255, 255, 0), (255, 0, 255)) * 4):
+        inside = m.copy()
+        inside[1:-1, 1:-1] &= m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+        out[m if fill or max(m.shape) <= 128 else m & ~inside] = colour
+    return out
+
+
+def mask_picture(mask):
+    """uint8 [h, w, 3] of a mask [classes, h, w] alone: white, or one colour a class."""
+    empty = np.zeros((3, *mask.shape[1:]), np.uint8)
+    return np.uint8(mask[0][..., None] * 255).repeat(3, 2) if len(mask) == 1 else overlay(empty, mask, fill=True)
+
+
+def copy_rate(samples, thumbs):
+    """Share of samples uint8 [n, 3, s, s] whose nearest training image (`thumbs` [N, mirrorings, 3, 32, 32]) is nearer than a
+    third of the way to the second nearest (Yoon et al., "Diffusion models generalize when they fail to memorize", 2023)."""
+    small = torch.nn.functional.interpolate(samples.float(), thumbs.shape[-2:], mode="area").flatten(1)
+    far = torch.cdist(small, thumbs.flatten(2).flatten(0, 1)).view(len(small), *thumbs.shape[:2]).amin(2)
+    near = far.topk(min(2, far.shape[1]), largest=False).values
+    return float((near[:, 0] < near[:, -1] / 3).float().mean()) if near.shape[1] > 1 else 1.0
+
+
+def fundus(name, size):
+    """A built-in image like a fundus photograph, uint8 [size, size, 3], and its mask of vessels, bool [1, size, size]."""
+    rng, big = np.random.default_rng(mix(name)), 3 * size
+    sheet, mask = Image.new("RGB", (big, big)), Image.new("1", (big, big))
+    tone, middle, side = rng.uniform(0.75, 1.15), big * rng.uniform(0.47, 0.53, 2), rng.choice([-1, 1])
+    draw, ink, radius = ImageDraw.Draw(sheet), ImageDraw.Draw(mask), big * rng.uniform(0.44, 0.49)
+    for k in range(24):  # darker towards the rim
+        r = radius * (1 - k / 40)
+        colour = tuple(int(tone * c * (0.62 + 0.38 * k / 23)) for c in (190, 88, 40))
+        draw.ellipse([*(middle - r), *(middle + r)], fill=colour)
+    disc = middle + [side * radius * rng.uniform(0.45, 0.6), radius * rng.uniform(-0.1, 0.1)]
+    vessels = [(disc, a + rng.normal(0, 0.2), 0.028 * big, 0) for a in np.arange(6) * math.pi / 3]
+    while vessels:
+        at, angle, width, depth = vessels.pop()
+        for _ in range(int(rng.integers(6, 11))):
+            turn = math.atan2(middle[1] - at[1], middle[0] - at[0]) - angle  # bend round the middle, towards its side
+            angle += 0.12 * math.sin(turn) + rng.normal(0, 0.1)
+            to = at + 0.05 * big * np.array([math.cos(angle), math.sin(angle)])
+            if np.linalg.norm(to - middle) > 0.97 * radius:
+                break
+            for d, fill in ((draw, tuple(int(tone * c) for c in (120, 28, 22))), (ink, 1)):
+                d.line([tuple(at), tuple(to)], fill=fill, width=max(2, int(width)))
+            at = to
+        if depth < 3:
+            vessels += [(at, angle + s * rng.uniform(0.2, 0.6), 0.7 * width, depth + 1) for s in (-1, 1)]
+    draw.ellipse([*(disc - 0.07 * big), *(disc + 0.07 * big)], fill=tuple(int(tone * c) for c in (215, 165, 100)))
+    image = np.asarray(sheet.resize((size, size), Image.Resampling.BOX), np.float32) + rng.normal(0, 3, (size, size, 3))
+    mask = np.asarray(mask.convert("L").resize((size, size), Image.Resampling.BOX))
+    return image.clip(0, 255).astype(np.uint8), (mask >= 64)[None]
+
+
 def draw_curves(log, path):
     """Draw the loss and the judged metric of a log.jsonl, all sessions together, into one PNG picture."""
     from matplotlib.figure import Figure
@@ -737,6 +940,7 @@ class Run:
         self.step, self.progress, self.was, self.begin, self.best, self.stale, self.cut = 0, 0.0, 0.0, 0.0, {}, 0, None
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
         self.parts = self.data = self.board = self.bar = None
+        self.clock = Clock()
         self.asked, self.saved, self.judged, self.ddp, self.probed, self.sums, self.settings = "", -1, -1, {}, set(), {}, {}
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
         self.settled, self.undo, self.process = True, contextlib.ExitStack(), os.getpid()
@@ -895,7 +1099,10 @@ class Run:
             before, now = old.get(f.name, f.default), getattr(self.cfg, f.name)
             if now == before or "action" in f.metadata or ("derived" in f.metadata) != derived:
                 continue
-            if derived or "fixed" in f.metadata:
+            if derived:
+                raise RecipeError(f"The data or weights tell {f.name} {now!r} now, and in {self.folder} it is {before!r}. "
+                    f"Give the same ones, {advice}", 2)  # fmt: skip
+            if "fixed" in f.metadata:
                 same = f"Continue with --{f.name} {before}" if before not in ("", None) else f"Leave --{f.name} away"
                 raise RecipeError(f"{f.name} was {before!r} in {self.folder} and is {now!r} now. {same}, {advice}", 2)
             changed.append(f"{f.name} was {before!r} before and is {now!r} now.")

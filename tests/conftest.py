@@ -95,7 +95,8 @@ def command(*words, recipe="train_ultrafast_srcnn", drive=None):
 
 
 def environment(**changes):
-    names = {f for path in ROOT.glob("train_*.py") for f in importlib.import_module(path.stem).Config.__dataclass_fields__}
+    scripts = [*ROOT.glob("train_*.py"), *ROOT.glob("finetune_*.py")]
+    names = {f for path in scripts for f in importlib.import_module(path.stem).Config.__dataclass_fields__}
     return (
         {k: v for k, v in os.environ.items() if k.lower() not in names}
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -2,7 +2,7 @@
 
 stop_at: ask process `rank` for a stop when so many updates are done; slow_write: seconds that each fsync takes;
 full_after: bytes after which no file can grow (a real limit of the kernel); worker_bug: true makes loading fail in worker
-processes; export: true keeps the export; optimizer: SGD replaces SOAP.
+processes; export: true keeps the export; optimizer: SGD replaces SOAP and Adam.
 """
 
 import importlib
@@ -17,11 +17,22 @@ recipe, faults = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2])
 sys.argv = [f"{sys.argv[1]}.py", *sys.argv[3:]]
 if not faults.get("export"):
     recipe.export = lambda model, folder: None
-for name, value in {"CROPS": 2, "BUILT_IN": 6}.items():  # as in conftest.py
+for name, value in {"CROPS": 2, "BUILT_IN": 6, "NOISY": 2, "STAND_IN": 1}.items():  # as in conftest.py
     if hasattr(recipe, name):
         setattr(recipe, name, value)
+if hasattr(recipe, "NextDiT"):  # a network for tests, small and not silent at its start
+    init = recipe.NextDiT.__init__  # (the heads are told by --heads where they are read from weights)
+
+    def small(net, *args, **words):
+        keys = ("patch_size", "in_channels", "dim", "n_layers", "n_heads")
+        words = dict(zip(keys, args)) | words
+        init(net, **words | {"dim": 24, "n_layers": 4, "n_heads": 2, "multiple_of": 8})
+        recipe.torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)
+
+    recipe.NextDiT.__init__ = small
 if faults.get("optimizer") == "SGD":
-    recipe.SOAP = lambda params, lr: recipe.torch.optim.SGD(params, 1.0)
+    recipe.SOAP = recipe.Muon = lambda params, lr=0.0: recipe.torch.optim.SGD(params, 1.0)
+    recipe.torch.optim.AdamW = lambda params, *args, **words: recipe.torch.optim.SGD(params, 1.0)
 if faults.get("worker_bug"):
     whole = recipe.Crops.__getitems__
     recipe.Crops.__getitems__ = lambda data, keys: 1 / 0 if recipe.torch.utils.data.get_worker_info() else whole(data, keys)
