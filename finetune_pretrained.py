@@ -50,8 +50,8 @@ except ImportError as e:
     ) from e
 
 RECIPE = "finetune_pretrained"
-BUILT_IN = 64  # images to train on where there is no --data_dir
-NOISY = 32  # noisy images at each time of the held-out loss, at least
+BUILT_IN = 48  # images to train on where there is no --data_dir
+NOISY = 16  # noisy images at each time of the held-out loss, at least
 STAND_IN = 40  # updates of the network that stands for published weights where there are none
 EXPORT = "merged.safetensors"
 
@@ -76,8 +76,10 @@ class Config(Settings):
     num_epochs: float = opt(10.0, "length of the run in passes over the data", everyday=True, low=0)
     learning_rate: float = opt(0.0, "peak learning rate; 0: 3e-4 for lora, 1e-4 for ends, 2e-5 for all", fixed=True, low=0)
     weight_decay: float = opt(0.0, "weight decay of AdamW", fixed=True, low=0)
-    t_shape: str = opt("stratified", "how training draws the time", fixed=True, choices=("uniform", "stratified", "lognormal"))
-    t_mean: float = opt(0.0, "mean of the time's logit for --t_shape lognormal; below 0: more noise", fixed=True)
+    t_shape: str = opt(
+        "stratified", "how training draws the noise levels", fixed=True, choices=("uniform", "stratified", "lognormal")
+    )
+    t_mean: float = opt(0.0, "for --t_shape lognormal: mean of the logit of the time; below 0: more noise", fixed=True)
     mask_drop: float = opt(0.1, "share of masks hidden in training, for guidance", fixed=True, low=0, high=1)
     checkpointing: bool | None = opt(None, "compute activations twice to save memory; default: on a GPU")
     val_images: int = opt(64, "validation images to use at most", low=1)
@@ -493,8 +495,7 @@ class NextDiT(nn.Module):
 
     Names and shapes are those of the published weights. cap_feats [n, tokens, cap_feat_dim] and cap_mask [n, tokens] are the
     features of a caption of one token at least, for a network with cap_feat_dim; mask [n, mask_channels, h, w] is embedded
-    by `mask_embedder`, which starts at zero, so that a pretrained network's output stays as it is. keep [n, m]: tokens that
-    alone go through all but the first and last two blocks (TREAD, Krause et al., 2025). scaling: (linear, ntk) of
+    by `mask_embedder`, which starts at zero, so that a pretrained network's output stays as it is. scaling: (linear, ntk) of
     `rope_table`; scale: of the attention logits.
     """
 
@@ -532,7 +533,7 @@ class NextDiT(nn.Module):
         x = F.pixel_shuffle(x.mT.unflatten(-1, (rows, cols)), self.patch_size)
         return x.chunk(2, 1)[0] if self.learn_sigma else x
 
-    def forward(self, x, t, cap_feats=None, cap_mask=None, mask=None, keep=None, scaling=(1.0, 1.0), scale=None):
+    def forward(self, x, t, cap_feats=None, cap_mask=None, mask=None, scaling=(1.0, 1.0), scale=None):
         many = isinstance(x, (list, tuple))
         sizes = [tuple(n // self.patch_size for n in a.shape[-2:]) for a in (x if many else [x])]
         tables = [rope_table(self.head_dim, *size, *scaling, t.device) for size in sizes]
@@ -552,12 +553,7 @@ class NextDiT(nn.Module):
             weight = cap_mask.float().unsqueeze(-1)
             c = c + self.cap_embedder((cap_feats * weight).sum(1) / weight.sum(1))
             cap_mask = cap_mask.bool()
-        for i, layer in enumerate(self.layers):
-            if keep is not None and i == 2:  # the tokens to keep go through the middle blocks, the others past them
-                whole, wide, at = x, table, keep.unsqueeze(-1).expand(-1, -1, x.shape[2])
-                x, table = x.gather(1, at), [a[keep] for a in table]
-            if keep is not None and i == len(self.layers) - 2:
-                x, table = whole.scatter(1, at, x), wide
+        for layer in self.layers:
             args = (x, c, table, pad, cap_feats, cap_mask, scale)
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
@@ -642,11 +638,11 @@ class Velocity(nn.Module):
         if net.cap_feat_dim:  # a learned prompt keeps the caption branch of published weights alive
             self.prompt = nn.Parameter(torch.randn(1, 8, net.cap_feat_dim))
 
-    def forward(self, z, t, mask=None, keep=None):
+    def forward(self, z, t, mask=None):
         words = {}
         if self.net.cap_feat_dim:
             words = {"cap_feats": self.prompt.expand(len(z), -1, -1), "cap_mask": torch.ones(len(z), 8, device=z.device)}
-        out = self.net(z, t, mask=mask, keep=keep, **words).float()
+        out = self.net(z, t, mask=mask, **words).float()
         if self.predict == "v":
             return out
         x = self.linear(z, t) + self.linear.error(t) * out if self.predict == "residual" else out
@@ -851,8 +847,7 @@ def make_model(cfg, ready=True):
 # --- flow --------------------------------------------------------------------------------------------------------------
 # Copied from train_nextdit_fast.py::to_flow
 def to_flow(batch, cfg, run):
-    """A batch of `Pairs` -> {z, v, t, mask, keep}: noisy inputs, their velocities, times, masks of which some are hidden, and
-    with --route the tokens that go through the middle blocks."""
+    """A batch of `Pairs` -> {z, v, t, mask}: noisy inputs, their velocities, times, and masks of which some are hidden."""
     x = batch["image"]
     x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
     noise, t, n = run.draw("randn", x.shape), run.draw("rand", (len(x),)), len(x)
@@ -865,9 +860,6 @@ def to_flow(batch, cfg, run):
     if "mask" in batch:
         seen = run.draw("rand", (n,)) >= cfg.mask_drop
         out["mask"] = to_masks(batch["mask"], cfg) * seen.view(-1, 1, 1, 1)
-    if route := getattr(cfg, "route", 0.0):
-        tokens = (cfg.target_size // cfg.factor // cfg.patch) ** 2
-        out["keep"] = run.draw("rand", (n, tokens)).argsort(1)[:, : max(1, round(tokens * (1 - route)))]
     return out
 
 
@@ -909,9 +901,9 @@ def assess(velocity, val, run):
 
 # Copied from train_nextdit_fast.py::draw_samples
 @torch.no_grad()
-def draw_samples(velocity, noise, mask, cfg, run):
+def draw_samples(velocity, noise, mask, cfg, run, steps=0):
     """Follow the flow from noise [n, c, s, s] to what is modelled, with --solver, --steps, --guidance and --shift."""
-    z, times = noise.to(run.device), torch.linspace(0, 1, cfg.steps + 1)
+    z, times = noise.to(run.device), torch.linspace(0, 1, (steps or cfg.steps) + 1)
     mask = None if mask is None else mask.to(run.device)
     times = (times / (times + cfg.shift * (1 - times))).tolist()
 
@@ -942,11 +934,12 @@ def own_noise(cfg, *key):
 
 
 # Copied from train_nextdit_fast.py::show
-def show(velocity, val, cfg, run, count=8):
+def show(velocity, val, cfg, run, count=8, steps=0):
     """Write sample-<update>.png: mask, sample, real image of held-out pairs; returns the samples, uint8 [n, 3, s, s]."""
     n = min(count, len(val.x)) if val.mask is not None else count
     noise = torch.stack([own_noise(cfg, "show", i) for i in range(n)])
-    out = val.codec.decode(draw_samples(velocity, noise, None if val.mask is None else val.mask[:n], cfg, run)).cpu()
+    mask = None if val.mask is None else val.mask[:n]
+    out = val.codec.decode(draw_samples(velocity, noise, mask, cfg, run, steps)).cpu()
     cells = []
     for i in range(n):
         mask = [] if val.mask is None else [mask_picture(val.masks[i])]
@@ -1060,7 +1053,7 @@ def train_step(parts, batch, cfg, run):
     net = run.net(parts.model)
 
     def loss_fn(part):
-        v = net(part["z"], part["t"], part.get("mask"), part.get("keep"))
+        v = net(part["z"], part["t"], part.get("mask"))
         # EDIT HERE: the loss, that of the velocity; predictions of x would blow it up where almost no noise is left
         weight = 1.0 if cfg.predict == "v" else ((1 - part["t"]) / (1 - part["t"]).clamp(min=0.05)).view(-1, 1, 1, 1)
         return ((weight * (v - part["v"])) ** 2).mean()
@@ -1155,7 +1148,7 @@ def train(cfg):
                 if run.due(at=(0.05,)):
                     say(verdict(metrics, start, val))
             if run.due(at=SAMPLE_MARKS):
-                run.write(lambda: show(parts.ema.model, val, cfg, run))
+                run.write(lambda: show(parts.ema.model, val, cfg, run, 4, min(cfg.steps, 10)))
         metrics = run.finish(wrap_up(parts, val, cfg, run))
         if run.best["heldout_loss"] < 0.99 * metrics["heldout_loss"]:
             say(f"It was better before, {run.best['heldout_loss']:.4f} at update {run.best['step']}: best.pt holds that. "

@@ -133,16 +133,6 @@ def test_the_mask_embedder_leaves_a_pretrained_output_as_it_is_and_learns_at_onc
     assert masked.mask_embedder.weight.grad.abs().max() > 0
 
 
-def test_kept_tokens_alone_go_through_the_middle():
-    model, x, t = net(n_layers=6), torch.randn(2, 3, 8, 8), torch.rand(2)
-    order = torch.stack([torch.randperm(16), torch.randperm(16)])
-    assert torch.allclose(model(x, t, keep=order), model(x, t), atol=1e-5)  # all kept, in any order
-    seen = []
-    model.layers[2].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
-    model.layers[1].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
-    assert model(x, t, keep=order[:, :4]).shape == x.shape and seen == [16, 4]
-
-
 def test_checkpointing_changes_no_gradient():
     grads = []
     for flag in (False, True):
@@ -201,7 +191,7 @@ def test_a_velocity_that_knows_the_image_is_exact_and_sampling_reaches_it():
     class Knows(torch.nn.Module):
         in_channels, cap_feat_dim = 3, 0
 
-        def forward(self, z, t, mask=None, keep=None):
+        def forward(self, z, t, mask=None):
             return goal.expand_as(z)
 
     velocity = fast.Velocity(Knows(), "x", 8)
