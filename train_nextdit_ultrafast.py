@@ -297,7 +297,7 @@ def rope_table(head_dim, rows, cols, linear=1.0, ntk=1.0, device=None):
 def rotate(x, table):
     """Turn the neighbouring pairs of channels of x [n, tokens, heads, head_dim] by the angles of `rope_table`, in fp32."""
     cos, sin = (a.unsqueeze(-2) for a in table)
-    if x.device.type == "cpu":  # complex numbers are a third of the time there, and unknown to some accelerators
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # complex numbers take a third of the time there
         turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.complex(cos, sin)
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -762,7 +762,7 @@ def train_step(parts, batch, cfg, run):
 
     def loss_fn(part):
         v = net(part["z"], part["t"], part.get("mask"))
-        # EDIT HERE: the loss, that of the velocity; predictions of x would blow it up where almost no noise is left
+        # EDIT HERE: the loss, that of the velocity; where almost no noise is left, predictions of x would blow it up
         weight = 1.0 if cfg.predict == "v" else ((1 - part["t"]) / (1 - part["t"]).clamp(min=0.05)).view(-1, 1, 1, 1)
         return ((weight * (v - part["v"])) ** 2).mean()
 

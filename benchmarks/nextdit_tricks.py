@@ -30,6 +30,7 @@ FORMS = {  # name -> (settings, lengths in updates)
     "+ residual of the linear denoiser": (PLAIN | {"predict": "residual"}, (10, 50, 100, 200)),
     "both: the recipe": (PLAIN | {"predict": "residual", "t_shape": "stratified"}, (10, 50, 100, 200)),
 }
+recipe.NOISY = 32  # four held-out images: more noise makes their loss steadier
 SIZE = {"target_size": 64, "preset": "tiny", "batch_size": 8, "device": "cpu"}
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import REAL, ROOT, command, environment, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import finetune_pretrained as tune
@@ -671,6 +672,21 @@ def test_frozen_weights_are_half_and_shared_with_the_average(weights, folder, tm
     base, mean = (m.net.layers[0].attention.wq.base.weight for m in (parts.model, parts.ema.model))
     assert base.dtype is torch.bfloat16 and base is mean
     assert parts.model.net.layers[0].attention.wq.up is not parts.ema.model.net.layers[0].attention.wq.up
+
+
+@pytest.mark.parametrize("recipe", [fast, ultra, tune], ids=lambda r: r.RECIPE)
+def test_steps_run_on_fake_tensors_for_a_card_that_is_not_here(recipe):
+    """What the planner does: the real sizes, no memory."""
+    words = {"preset": "0.1B", "target_size": 256} if recipe is not tune else {"target_size": 256, "vae": "somewhere"}
+    cfg = recipe.Config(**words, batch_size=2, checkpointing=True)
+    cfg.labels = "0 255"
+    work = common.Run(cfg, kind="cuda")
+    with FakeTensorMode():
+        parts = recipe.build(cfg, work)
+        losses = recipe.train_step(parts, recipe.example_batch(cfg, work), cfg, work)
+        assert losses["loss"].shape == () and recipe.eval_step(parts, cfg, work).shape[0] == 32
+        count = sum(p.numel() for p in parts.model.net.parameters())
+    assert count > (1.6e9 if recipe is tune else 1.1e8)
 
 
 # --- real data ----------------------------------------------------------------------------------------------------------
