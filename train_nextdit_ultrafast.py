@@ -2,11 +2,21 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "pillow", "filelock", "tqdm", "tensorboard", "matplotlib", "safetensors"]
 # ///
-"""Train NextDiT on masks and images as fast as it goes: 256 px, a measured trick at a time.
+"""Train NextDiT on masks and images as fast as it goes: 256 px, with what was measured to shorten the wall clock.
 
-python train_nextdit_ultrafast.py --data_dir DATA --time_budget 6h      # DATA/images and DATA/masks, paired by name
-python train_nextdit_ultrafast.py                                       # try it out on built-in fundus images
-python train_nextdit_ultrafast.py --sample 4 --mask_dir MASKS           # four pictures for each mask
+    python train_nextdit_ultrafast.py --data_dir DATA --time_budget 6h      # DATA/images and DATA/masks, paired by name
+    python train_nextdit_ultrafast.py                                       # try it out on built-in fundus images
+    python train_nextdit_ultrafast.py --sample 4 --mask_dir MASKS           # four pictures for each mask
+
+Measured (two cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-21; 36 real fundus images at 64 px, four held out).
+In 10 minutes, whole process: held-out loss 0.0478, mask gap 0.0081; plain prediction of v in the same time has
+the lower loss, 0.0457, and the smaller gap, 0.0044. The best linear filter reads 0.065. Held-out loss
+after 100 and 200 updates of 8 images, mean of three seeds, and how much faster each comes to plain's loss at 200:
+    plain                              0.150   0.106   1
+    + stratified times                 0.147   0.103   1.1
+    + residual of the linear denoiser  0.065   0.064   20.3
+    both: the recipe                   0.065   0.063   20.1
+The gain is that of the first minutes. Tried and left out: Muon, logit-normal times, x-prediction, token routing.
 """
 
 import dataclasses
