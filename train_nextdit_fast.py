@@ -9,7 +9,7 @@ python train_nextdit_fast.py                                       # try it out 
 python train_nextdit_fast.py --sample 4 --mask_dir MASKS           # four pictures for each mask
 
 Measured (two cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-21; not yet on a GPU): an update of the 0.1B network
-takes 1/1.98 of the time of the plain fp32 loop, compiled 1/2.13; of the tiny one 1/1.86, compiled 1/2.20.
+takes 1/2.06 of the time of the plain fp32 loop, compiled 1/2.25; of the tiny one 1/1.87, compiled 1/2.08.
 """
 
 import dataclasses
