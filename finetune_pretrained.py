@@ -51,7 +51,7 @@ except ImportError as e:
 
 RECIPE = "finetune_pretrained"
 BUILT_IN = 48  # images to train on where there is no --data_dir
-NOISY = 16  # noisy images at each time of the held-out loss, at least
+NOISY = 12  # noisy images at each time of the held-out loss, at least
 STAND_IN = 40  # updates of the network that stands for published weights where there are none
 EXPORT = "merged.safetensors"
 
@@ -603,10 +603,9 @@ class LinearDenoiser(nn.Module):
         t = torch.linspace(0, 1, 257, dtype=torch.float64)[:, None, None, None]
         twice = torch.full((self.power.shape[-1],), 2.0, dtype=torch.float64)
         twice[0], twice[-1] = 1, 1 if self.mean.shape[-1] % 2 == 0 else 2
-        for k in range(257):
-            error = (
-                self.power.cpu().double() * (1 - t[k]) ** 2 / (t[k] ** 2 * self.power.cpu().double() + (1 - t[k]) ** 2 + 1e-12)
-            )
+        power = power.clamp(min=0).permute(2, 0, 1)
+        for k, at in enumerate(t):
+            error = power * (1 - at) ** 2 / (at**2 * power + (1 - at) ** 2 + 1e-12)
             self.table[k] = ((error * twice).sum() / self.mean.numel()).sqrt()
 
     @torch.no_grad()
@@ -750,7 +749,8 @@ def read_geometry(state, cfg):
     if patch**2 * cfg.channels != area:
         raise RecipeError(f"The weights take {area} numbers a patch: no square patch of {cfg.channels} channels. "
             + ("They are another VAE's." if cfg.vae else "Published ones work on latents: add --vae FOLDER."), 2)  # fmt: skip
-    cfg.predict, cfg.patch, cfg.size = predicted(cfg.weights) or ours.get("predict", "v"), patch, f"{dim} x {len(layers)}"
+    known = ours.get("predict", "v") if cfg.weights else "residual"  # the stand-in's
+    cfg.predict, cfg.patch, cfg.size = predicted(cfg.weights) or known, patch, f"{dim} x {len(layers)}"
     side = cfg.target_size // cfg.factor
     if cfg.target_size % cfg.factor or side % patch:
         raise RecipeError(f"--target_size is {cfg.target_size}; it takes a multiple of {patch * cfg.factor}.", 2)
@@ -1013,11 +1013,13 @@ def build(cfg, run):
 def stand_in(cfg, run):
     """Weights for a try-out: a small network that learns for seconds to draw built-in images without masks."""
     say(f"No --weights: a small network, trained for {STAND_IN} updates on built-in images, stands for published ones.")
-    net = NextDiT(4, 3, 192, 6, 3, learn_sigma=False, qk_norm=True).to(run.device)
+    net = NextDiT(4, 3, 192, 6, 3, learn_sigma=False, qk_norm=True)
+    velocity = Velocity(net, "residual", cfg.target_size).to(run.device)
     images = torch.from_numpy(np.stack([fundus(f"stand-in {i}", cfg.target_size)[0] for i in range(BUILT_IN)])).permute(
         0, 3, 1, 2
     )
     opt, x = torch.optim.AdamW(net.parameters(), 1e-3, (0.9, 0.99)), Pixels().encode(images).to(run.device)
+    velocity.linear.fit(lambda: [x])
     own = torch.Generator().manual_seed(cfg.seed)
     for k in range(STAND_IN):
         run.check()
@@ -1027,10 +1029,10 @@ def stand_in(cfg, run):
         opt.param_groups[0]["lr"] = 1e-3 * min(1, (k + 1) / 10)
         opt.zero_grad()
         with run.autocast():
-            v = net(u * part + (1 - u) * noise, t).float()
+            v = velocity(u * part + (1 - u) * noise, t)
         (v - part + noise).square().mean().backward()
         opt.step()
-    return {k: v.detach() for k, v in net.state_dict().items()}
+    return {k.removeprefix("net."): v.detach() for k, v in velocity.state_dict().items()}
 
 
 # Copied from train_nextdit_fast.py::example_batch
@@ -1212,7 +1214,7 @@ def sample(cfg):
     folder = run_folder(cfg)
     model = load(folder)
     own, jobs, paths = model.cfg, [], []
-    for name in ("steps", "solver", "guidance", "shift", "seed", "device", "use_amp", "amp_dtype", "vae"):
+    for name in ("steps", "solver", "guidance", "shift", "seed", "use_amp", "amp_dtype", "vae"):
         if name in getattr(cfg, "given", ()) or getattr(cfg, name, None) not in (None, getattr(Config, name, None)):
             setattr(own, name, getattr(cfg, name))
     own.device = cfg.device

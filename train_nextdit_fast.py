@@ -584,10 +584,9 @@ class LinearDenoiser(nn.Module):
         t = torch.linspace(0, 1, 257, dtype=torch.float64)[:, None, None, None]
         twice = torch.full((self.power.shape[-1],), 2.0, dtype=torch.float64)
         twice[0], twice[-1] = 1, 1 if self.mean.shape[-1] % 2 == 0 else 2
-        for k in range(257):
-            error = (
-                self.power.cpu().double() * (1 - t[k]) ** 2 / (t[k] ** 2 * self.power.cpu().double() + (1 - t[k]) ** 2 + 1e-12)
-            )
+        power = power.clamp(min=0).permute(2, 0, 1)
+        for k, at in enumerate(t):
+            error = power * (1 - at) ** 2 / (at**2 * power + (1 - at) ** 2 + 1e-12)
             self.table[k] = ((error * twice).sum() / self.mean.numel()).sqrt()
 
     @torch.no_grad()
@@ -969,7 +968,7 @@ def sample(cfg):
     folder = run_folder(cfg)
     model = load(folder)
     own, jobs, paths = model.cfg, [], []
-    for name in ("steps", "solver", "guidance", "shift", "seed", "device", "use_amp", "amp_dtype", "vae"):
+    for name in ("steps", "solver", "guidance", "shift", "seed", "use_amp", "amp_dtype", "vae"):
         if name in getattr(cfg, "given", ()) or getattr(cfg, name, None) not in (None, getattr(Config, name, None)):
             setattr(own, name, getattr(cfg, name))
     own.device = cfg.device
