@@ -30,6 +30,7 @@ import threading
 import time
 import types
 import typing
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -499,6 +500,18 @@ class Parts(types.SimpleNamespace):
             getattr(self, name).load_state_dict(state[name])
 
 
+def with_state(opt):
+    """`opt`, an Adam whose rate is 0, with its state allocated, as memory planning and `Run.resume` want it."""
+    weights = [p for group in opt.param_groups for p in group["params"]]
+    for p in weights:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    for state in opt.state.values():
+        state["step"].zero_()
+    opt.zero_grad(set_to_none=True)
+    return opt
+
+
 class EMA:
     """Running average of a model's weights; the decay warms up: min(decay, (1 + k) / (10 + k)) at update k.
 
@@ -738,6 +751,14 @@ def read_mask(path, labels):
     return np.stack([values == v for v in labels[1:]])
 
 
+def colour(image, path):
+    """What a recipe's load_item made of the file `path`, uint8 [h, w] or [h, w, 3], as [h, w, 3]; RecipeError where it is
+    something else."""
+    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.dtype != np.uint8:
+        raise RecipeError(f"load_item must return uint8 [h, w] or [h, w, 3]; for {path}: {image.dtype} {image.shape}.")
+    return image if image.ndim == 3 else np.stack([image] * 3, 2)
+
+
 def square(image, size, how=Image.Resampling.LANCZOS):
     """The middle square of a uint8 array [h, w, ...], resized to size x size."""
     h, w = image.shape[:2]
@@ -787,6 +808,10 @@ class Items:
     def __len__(self):
         return len(self.paths)
 
+    def place(self, i):
+        """The file that stands in for i as far as is known: i itself, or for a bad one the next good one."""
+        return next(j % len(self) for j in range(i, i + len(self)) if j % len(self) not in self.bad)
+
     @property
     def good(self):
         """How many are not known to be bad."""
@@ -815,19 +840,96 @@ def as_is(batch):
     return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
 
 
+def mirrored(x, flip):
+    """x [n, ..., h, w] and its mirrorings that --flip takes (none, h, hv): [n, mirrorings, ..., h, w]."""
+    dims = {"none": [()], "h": [(), (-1,)], "hv": [(), (-1,), (-2,), (-2, -1)]}[flip]
+    return torch.stack([x.flip(d) if d else x for d in dims], 1)
+
+
+def cached_latents(items, encode, key, cfg, run):
+    """Latents [images, mirrorings, c, h, w] of all items (uint8 [3, h, w], first in a tuple or alone) in fp16.
+
+    encode(uint8 [n, 3, h, w]) makes them once; they stay in latents.pt of the run folder as long as the files and `key`,
+    which tells encoders apart, are the same.
+    """
+    files = [
+        (str(p), p.stat().st_mtime_ns if p.exists() else 0) for p in (r["image"] for r in items.paths if isinstance(r, dict))
+    ]
+    key, path = mix(files or items.paths, key, cfg.target_size, cfg.flip), run.folder / "latents.pt"
+    if run.main and not (path.exists() and load_tensors(path)["key"] == key):
+        say(f"Encoding {len(items)} images into latents, once ...")
+        done, group, told = [], max(1, 2**16 // cfg.target_size**2), time.monotonic()
+        for i in range(0, len(items), group):
+            run.check()
+            part = [items[j] for j in range(i, min(i + group, len(items)))]
+            images = mirrored(torch.from_numpy(np.stack([a[0] if isinstance(a, tuple) else a for a in part])), cfg.flip)
+            done.append(encode(images.flatten(0, 1)).half().cpu().unflatten(0, images.shape[:2]))
+            if time.monotonic() - told > HEARTBEAT:
+                told = time.monotonic()
+                say(f"{i} of {len(items)} images are encoded.")
+        save_tensors(path, {"key": key, "latents": torch.cat(done)})
+    if run.world > 1:
+        torch.distributed.barrier()
+    return load_tensors(path)["latents"]
+
+
+class VAE:
+    """Latents of a diffusers AutoencoderKL folder, shifted and scaled as its config.json says."""
+
+    def __init__(self, folder, device):
+        try:
+            warnings.filterwarnings("ignore", module="diffusers")
+            from diffusers import AutoencoderKL
+        except ImportError:
+            raise RecipeError("--vae needs diffusers: pip install diffusers", 2) from None
+        folder = Path(folder).expanduser()
+        folder = folder / "vae" if (folder / "vae" / "config.json").exists() else folder
+        if not (folder / "config.json").exists():
+            raise RecipeError(f"--vae {folder} has no config.json; give the folder of an AutoencoderKL, e.g. sdxl-vae.", 2)
+        try:
+            self.model = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError) as e:
+            raise RecipeError(
+                f"--vae {folder} cannot be read ({str(e).splitlines()[0][:150]}). Is its download whole?", 2
+            ) from None
+        self.model = self.model.to(device).eval().requires_grad_(False)
+        about = self.model.config
+        self.channels, self.factor = about.latent_channels, 2 ** (len(about.block_out_channels) - 1)
+        self.scale, self.offset = about.scaling_factor, getattr(about, "shift_factor", None) or 0.0
+        self.key = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]
+
+    def prepare(self, items, cfg, run):
+        """`cached_latents` of the items."""
+        return cached_latents(items, self.encode, self.key, cfg, run)
+
+    @torch.no_grad()
+    def encode(self, images):
+        x = images.to(self.model.device).float() / 127.5 - 1
+        return (self.model.encode(x).latent_dist.mode() - self.offset) * self.scale
+
+    @torch.no_grad()
+    def decode(self, x):
+        images = [self.model.decode(part / self.scale + self.offset).sample for part in x.float().split(2)]
+        return ((torch.cat(images) + 1) * 127.5).round().clamp(0, 255).byte()
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def picture(rows, titles=(), zoom=1):
-    """A PIL image: a grid of uint8 arrays (gray or RGB), `rows` of equal length, `titles` above the columns."""
+def picture(rows, titles=(), zoom=1, names=()):
+    """A PIL image: a grid of uint8 arrays (gray or RGB), `rows` of equal length, `titles` above the columns, `names` before
+    the rows."""
     rows = [[np.asarray(a).repeat(zoom, 0).repeat(zoom, 1) for a in row] for row in rows]
-    gap, top = 6, 30 if titles else 6
+    gap, top, font = 6, 30 if titles else 6, ImageFont.load_default()
+    left = gap + max((int(font.getlength(name)) + gap for name in names), default=0)
     widths = [gap + max(row[c].shape[1] for row in rows) for c in range(len(rows[0]))]
     heights = [gap + max(a.shape[0] for a in row) for row in rows]
-    sheet = Image.new("RGB", (gap + sum(widths), top + sum(heights)), "white")
+    sheet = Image.new("RGB", (left + sum(widths), top + sum(heights)), "white")
     for c, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((gap + sum(widths[:c]), 9), title, "black", ImageFont.load_default())
+        ImageDraw.Draw(sheet).text((left + sum(widths[:c]), 9), title, "black", font)
+    for r, name in enumerate(names):
+        ImageDraw.Draw(sheet).text((gap, top + sum(heights[:r]) + rows[r][0].shape[0] // 2 - 6), name, "black", font)
     for r, row in enumerate(rows):
         for c, a in enumerate(row):
-            sheet.paste(Image.fromarray(a).convert("RGB"), (gap + sum(widths[:c]), top + sum(heights[:r])))
+            sheet.paste(Image.fromarray(a).convert("RGB"), (left + sum(widths[:c]), top + sum(heights[:r])))
     return sheet
 
 
@@ -1222,11 +1324,14 @@ class Run:
     @property
     def planned_steps(self):
         """Updates that --num_steps or --num_epochs ask for; infinity where only the clock ends the run."""
-        if self.cfg.num_steps:
-            return self.cfg.num_steps
-        given = "num_epochs" in getattr(self.cfg, "given", ()) or self.cfg.num_epochs != type(self.cfg).num_epochs
-        if (self.clock.budget or self.clock.deadline) and not given:
+        steps, epochs = (
+            name in getattr(self.cfg, "given", ()) or getattr(self.cfg, name) != getattr(type(self.cfg), name)
+            for name in ("num_steps", "num_epochs")
+        )
+        if (self.clock.budget or self.clock.deadline) and not (steps or epochs):
             return math.inf
+        if self.cfg.num_steps and (steps or not epochs):
+            return self.cfg.num_steps
         return math.ceil(self.cfg.num_epochs * len(self.data) / self.samples)
 
     def _share(self):
@@ -1445,6 +1550,10 @@ class Run:
         self.rate_scale, self.bad, self.rewound, self.sums, self.count, self.began = 0.3, 0, True, {}, 0, time.monotonic()
         say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step} at 0.3 of the rate. Last files: {files}")
 
+    def renew(self):
+        """Have `batches` start its loader anew: the training data have changed."""
+        self.rewound = True
+
     def due(self, every=None, at=()):
         """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`.
 
@@ -1525,14 +1634,15 @@ class Run:
     @contextlib.contextmanager
     def ending(self):
         """Time a recipe's ending (evaluate, sample, save, export). Every run rehearses it before update 1: that finds in
-        minute 1 what would fail in hour 20, and tells how much time to hold back."""
-        start, self.rehearsing = time.monotonic(), True
+        minute 1 what would fail in hour 20, and tells how much time to hold back; a recipe that rehearses less than it will do
+        sets `ahead`, the seconds that this leaves out."""
+        start, self.rehearsing, self.ahead = time.monotonic(), True, 0.0
         yield
         self.rehearsing = False
         if self.main and (self.folder / "log.jsonl").exists():
             with contextlib.suppress(ImportError):
                 write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f))
-        self.reserve = 1.2 * (time.monotonic() - start) + 0.5
+        self.reserve = 1.2 * (time.monotonic() - start + self.ahead) + 0.5
         self._share()
 
     def finish(self, metrics):

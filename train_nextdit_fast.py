@@ -18,7 +18,6 @@ import math
 import shutil
 import tempfile
 import types
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, copy_rate, find_images, find_labels, fundus,
-        load_tensors, main, mask_picture, mix, open_records, opt, overlay, picture, read_image, read_json, read_mask,
-        save_tensors, say, square, uniforms, write_aside, write_weights,
+        EMA, SAMPLE_MARKS, UNREADABLE, VAE, Items, Parts, RecipeError, Run, Settings, colour, copy_rate, find_images,
+        find_labels, fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture, read_image,
+        read_json, read_mask, say, square, uniforms, with_state, write_aside, write_weights,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -112,18 +111,14 @@ def load_pair(record, cfg, labels):
     if not isinstance(record, dict):
         image, mask = fundus(record, cfg.target_size)
         return image.transpose(2, 0, 1), mask
-    image, mask = load_item(record["image"]), None
-    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.dtype != np.uint8:
-        raise RecipeError(
-            f"load_item must return uint8 [h, w] or [h, w, 3]; for {record['image']}: {image.dtype} {image.shape}."
-        )
+    image, mask = colour(load_item(record["image"]), record["image"]), None
     if labels:
         mask = read_mask(record["mask"], labels)
         h, w = image.shape[:2]
         if abs(mask.shape[1] * w - mask.shape[2] * h) > 0.02 * h * mask.shape[2]:
             raise ValueError(f"{w} x {h} pixels, and its mask {mask.shape[2]} x {mask.shape[1]}")
         mask = fit_mask(mask, cfg)
-    image = square(image if image.ndim == 3 else np.stack([image] * 3, 2), cfg.target_size)
+    image = square(image, cfg.target_size)
     return np.ascontiguousarray(image.transpose(2, 0, 1)), mask
 
 
@@ -157,12 +152,6 @@ class Pairs(torch.utils.data.Dataset):
         batch = {"image": np.stack(images), "index": np.array([i for _, i in keys])}
         batch |= {"mask": np.stack(masks).astype(np.uint8)} if masks else {}
         return {k: torch.from_numpy(a) for k, a in batch.items()}
-
-
-def flips(x, cfg):
-    """x [n, ..., h, w] and its mirrorings that --flip takes, [n, mirrorings, ..., h, w]."""
-    dims = {"none": [()], "h": [(), (-1,)], "hv": [(), (-1,), (-2,), (-2, -1)]}[cfg.flip]
-    return torch.stack([x.flip(d) if d else x for d in dims], 1)
 
 
 def settle(cfg):
@@ -210,60 +199,6 @@ class Pixels:
         return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-class VAE:
-    """Latents of a diffusers AutoencoderKL folder, shifted and scaled as its config.json says."""
-
-    def __init__(self, folder, device):
-        try:
-            warnings.filterwarnings("ignore", module="diffusers")
-            from diffusers import AutoencoderKL
-        except ImportError:
-            raise RecipeError("--vae needs diffusers: pip install diffusers", 2) from None
-        folder = Path(folder).expanduser()
-        folder = folder / "vae" if (folder / "vae" / "config.json").exists() else folder
-        if not (folder / "config.json").exists():
-            raise RecipeError(f"--vae {folder} has no config.json; give the folder of an AutoencoderKL, e.g. sdxl-vae.", 2)
-        try:
-            self.model = AutoencoderKL.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as e:
-            raise RecipeError(
-                f"--vae {folder} cannot be read ({str(e).splitlines()[0][:150]}). Is its download whole?", 2
-            ) from None
-        self.model = self.model.to(device).eval().requires_grad_(False)
-        about = self.model.config
-        self.channels, self.factor = about.latent_channels, 2 ** (len(about.block_out_channels) - 1)
-        self.scale, self.offset = about.scaling_factor, getattr(about, "shift_factor", None) or 0.0
-        self.key = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())]
-
-    def prepare(self, items, cfg, run):
-        """Latents [images, mirrorings, c, h, w] of all items in fp16: encoded once, then read from the run folder."""
-        files = [(str(r["image"]), r["image"].stat().st_mtime_ns) for r in items.paths if isinstance(r, dict)]
-        key, path = mix(files or items.paths, self.key, cfg.target_size, cfg.flip), run.folder / "latents.pt"
-        if run.main and not (path.exists() and load_tensors(path)["key"] == key):
-            say(f"Encoding {len(items)} images into latents, once ...")
-            done = []
-            for i in range(len(items)):
-                run.check()
-                image, _ = items[i]
-                if i and i % 500 == 0:
-                    say(f"{i} of {len(items)} images are encoded.")
-                done.append(self.encode(flips(torch.from_numpy(image)[None], cfg)[0]).half().cpu())
-            save_tensors(path, {"key": key, "latents": torch.stack(done)})
-        if run.world > 1:
-            torch.distributed.barrier()
-        return load_tensors(path)["latents"]
-
-    @torch.no_grad()
-    def encode(self, images):
-        x = images.to(self.model.device).float() / 127.5 - 1
-        return (self.model.encode(x).latent_dist.mode() - self.offset) * self.scale
-
-    @torch.no_grad()
-    def decode(self, x):
-        images = [self.model.decode(part / self.scale + self.offset).sample for part in x.float().split(2)]
-        return ((torch.cat(images) + 1) * 127.5).round().clamp(0, 255).byte()
-
-
 def to_masks(masks, cfg):
     """uint8 or bool masks [n, classes, s, s] -> -1 or 1 [n, classes * factor^2, s / factor, s / factor]."""
     return F.pixel_unshuffle(masks.float() * 2 - 1, cfg.factor)
@@ -305,7 +240,9 @@ def open_data(cfg, run, codec):
     images = torch.from_numpy(np.stack([image for image, _ in val]))
     masks = [mask for _, mask in val]
     few = [items[i * len(items) // min(2000, len(items))][0] for i in range(min(2000, len(items)))]
-    thumbs = flips(torch.cat([F.interpolate(torch.from_numpy(a[None]).float(), (32, 32), mode="area") for a in few]), cfg)
+    thumbs = mirrored(
+        torch.cat([F.interpolate(torch.from_numpy(a[None]).float(), (32, 32), mode="area") for a in few]), cfg.flip
+    )
     x = torch.cat([codec.encode(part.to(run.device)).cpu() for part in images.split(4)])
     val = types.SimpleNamespace(images=images, x=x, thumbs=thumbs, masks=masks, mask=None, codec=codec)
     if labels:
@@ -791,13 +728,7 @@ def build(cfg, run):
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == two], "peak": peak} for two in (True, False)]
     opt = torch.optim.AdamW(groups, 0.0, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=run.kind in ("cuda", "cpu"))
     groups[1]["weight_decay"] = 0.0
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    opt.step()  # at rate 0: allocates its state
-    for state in opt.state.values():
-        state["step"].zero_()
-    opt.zero_grad(set_to_none=True)
-    parts = Parts(model=model, ema=EMA(model, 0.999), opt=opt)
+    parts = Parts(model=model, ema=EMA(model, 0.999), opt=with_state(opt))
     pick_attention(run)
     run.compile(net)
     return parts
@@ -929,7 +860,7 @@ def fit_linear(parts, data, cfg):
     def batches():
         for part in (few[k : k + 16] for k in range(0, len(few), 16)):
             if data.latents is None:
-                x = flips(Pixels().encode(torch.from_numpy(np.stack([data.items[i][0] for i in part]))), cfg)
+                x = mirrored(Pixels().encode(torch.from_numpy(np.stack([data.items[i][0] for i in part]))), cfg.flip)
             else:
                 x = data.latents[part].float()
             yield x.flatten(0, 1).to(linear.mean.device)

@@ -36,9 +36,9 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, copy_rate, find_images, find_labels, fundus,
-        load_tensors, main, mask_picture, mix, open_records, opt, overlay, picture, read_image, read_json, read_mask,
-        say, square, uniforms, write_aside, write_weights,
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, copy_rate, find_images, find_labels,
+        fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture, read_image, read_json,
+        read_mask, say, square, uniforms, with_state, write_aside, write_weights,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -109,18 +109,14 @@ def load_pair(record, cfg, labels):
     if not isinstance(record, dict):
         image, mask = fundus(record, cfg.target_size)
         return image.transpose(2, 0, 1), mask
-    image, mask = load_item(record["image"]), None
-    if image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or image.dtype != np.uint8:
-        raise RecipeError(
-            f"load_item must return uint8 [h, w] or [h, w, 3]; for {record['image']}: {image.dtype} {image.shape}."
-        )
+    image, mask = colour(load_item(record["image"]), record["image"]), None
     if labels:
         mask = read_mask(record["mask"], labels)
         h, w = image.shape[:2]
         if abs(mask.shape[1] * w - mask.shape[2] * h) > 0.02 * h * mask.shape[2]:
             raise ValueError(f"{w} x {h} pixels, and its mask {mask.shape[2]} x {mask.shape[1]}")
         mask = fit_mask(mask, cfg)
-    image = square(image if image.ndim == 3 else np.stack([image] * 3, 2), cfg.target_size)
+    image = square(image, cfg.target_size)
     return np.ascontiguousarray(image.transpose(2, 0, 1)), mask
 
 
@@ -155,13 +151,6 @@ class Pairs(torch.utils.data.Dataset):
         batch = {"image": np.stack(images), "index": np.array([i for _, i in keys])}
         batch |= {"mask": np.stack(masks).astype(np.uint8)} if masks else {}
         return {k: torch.from_numpy(a) for k, a in batch.items()}
-
-
-# Copied from train_nextdit_fast.py::flips
-def flips(x, cfg):
-    """x [n, ..., h, w] and its mirrorings that --flip takes, [n, mirrorings, ..., h, w]."""
-    dims = {"none": [()], "h": [(), (-1,)], "hv": [(), (-1,), (-2,), (-2, -1)]}[cfg.flip]
-    return torch.stack([x.flip(d) if d else x for d in dims], 1)
 
 
 def settle(cfg):
@@ -244,7 +233,9 @@ def open_data(cfg, run, codec):
     images = torch.from_numpy(np.stack([image for image, _ in val]))
     masks = [mask for _, mask in val]
     few = [items[i * len(items) // min(2000, len(items))][0] for i in range(min(2000, len(items)))]
-    thumbs = flips(torch.cat([F.interpolate(torch.from_numpy(a[None]).float(), (32, 32), mode="area") for a in few]), cfg)
+    thumbs = mirrored(
+        torch.cat([F.interpolate(torch.from_numpy(a[None]).float(), (32, 32), mode="area") for a in few]), cfg.flip
+    )
     x = torch.cat([codec.encode(part.to(run.device)).cpu() for part in images.split(4)])
     val = types.SimpleNamespace(images=images, x=x, thumbs=thumbs, masks=masks, mask=None, codec=codec)
     if labels:
@@ -738,13 +729,7 @@ def build(cfg, run):
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == two], "peak": peak} for two in (True, False)]
     opt = torch.optim.AdamW(groups, 0.0, (0.9, 0.99), weight_decay=cfg.weight_decay, fused=run.kind in ("cuda", "cpu"))
     groups[1]["weight_decay"] = 0.0
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    opt.step()  # at rate 0: allocates its state
-    for state in opt.state.values():
-        state["step"].zero_()
-    opt.zero_grad(set_to_none=True)
-    parts = Parts(model=model, ema=EMA(model, 0.999), opt=opt)
+    parts = Parts(model=model, ema=EMA(model, 0.999), opt=with_state(opt))
     pick_attention(run)
     run.compile(net)
     return parts
@@ -885,7 +870,7 @@ def fit_linear(parts, data, cfg):
     def batches():
         for part in (few[k : k + 16] for k in range(0, len(few), 16)):
             if data.latents is None:
-                x = flips(Pixels().encode(torch.from_numpy(np.stack([data.items[i][0] for i in part]))), cfg)
+                x = mirrored(Pixels().encode(torch.from_numpy(np.stack([data.items[i][0] for i in part]))), cfg.flip)
             else:
                 x = data.latents[part].float()
             yield x.flatten(0, 1).to(linear.mean.device)

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageOps
 try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory, load_tensors,
-        main, mix, open_records, opt, picture, read_image, read_json, say, uniforms, write_aside,
+        main, mix, open_records, opt, picture, read_image, read_json, say, uniforms, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -901,12 +901,8 @@ def build(cfg, run):
         parts = Parts(model=model, ema=EMA(model, 0.999), opt=SOAP(model.parameters(), cfg.learning_rate))
         if cfg.gan:
             parts.disc = Discriminator(PRESETS[cfg.preset][0])
-            parts.disc_opt = torch.optim.Adam([{"params": list(parts.disc.parameters()), "peak": 2e-4}], 0.0, (0.9, 0.99))
-            for p in parts.disc.parameters():
-                p.grad = torch.zeros_like(p)
-            parts.disc_opt.step()  # at rate 0: allocates its state
-            for state in parts.disc_opt.state.values():
-                state["step"].zero_()
+            opt = torch.optim.Adam([{"params": list(parts.disc.parameters()), "peak": 2e-4}], 0.0, (0.9, 0.99))
+            parts.disc_opt = with_state(opt)
             if cfg.vgg:
                 parts.look = types.SimpleNamespace(loss=Perceptual(cfg.vgg))  # not a part of checkpoints
     model.fast = not cfg.compile and run.kind != "mps"  # not tried there

@@ -16,8 +16,15 @@ import common
 recipe, faults = importlib.import_module(sys.argv[1]), json.loads(sys.argv[2])
 sys.argv = [f"{sys.argv[1]}.py", *sys.argv[3:]]
 if not faults.get("export"):
-    recipe.export = lambda model, folder: None
-for name, value in {"CROPS": 2, "BUILT_IN": 6, "NOISY": 2, "STAND_IN": 1}.items():  # as in conftest.py
+    recipe.export = lambda *args: None
+for name, value in {
+    "CROPS": 2,
+    "BUILT_IN": 6,
+    "NOISY": 2,
+    "STAND_IN": 1,
+    "JUDGED": 12,
+    "EPOCHS": 1,
+}.items():  # as in conftest.py
     if hasattr(recipe, name):
         setattr(recipe, name, value)
 if hasattr(recipe, "NextDiT"):  # a network for tests, small and not silent at its start

@@ -23,11 +23,15 @@ RECIPES = {
     "--val_images 1".split(),
     "train_nextdit_fast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
     "train_nextdit_ultrafast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
+    "train_latent_cfg": "--target_size 16 --dim 8 --mults 1,2 --batch_size 2 --num_steps 4 --steps 2 --val_images 4".split(),
     "finetune_pretrained": "--target_size 16 --batch_size 2 --num_steps 4 --steps 2 --val_images 2 --heads 2".split(),
 }
 EXACT = {"train_realesrgan_optimized": ["--no-gan"]}  # Adam on a discriminator blows rounding up
 RESULT = {"train_nextdit_fast": "model.safetensors", "train_nextdit_ultrafast": "model.safetensors"}
-RESULT |= {"finetune_pretrained": "merged.safetensors"}  # what a finished run exports, where it is not a .onnx
+RESULT |= {
+    "finetune_pretrained": "merged.safetensors",
+    "train_latent_cfg": "model.pt",
+}  # what a finished run exports, where it is not a .onnx
 CONTRACT = ["Config", "build", "example_batch", "train_step", "eval_step", "train", "load"]
 recipes = pytest.mark.parametrize("recipe", RECIPES)
 
