@@ -53,7 +53,9 @@ EPOCHS = 40  # passes over the data that the classifier takes
 @dataclass
 class Config(Settings):
     stage: str = opt("all", "what is trained", fixed=True, choices=("all", "encoder", "diffusion"))
-    encoder: str = opt("auto", "maker of latents", fixed=True, everyday=True, choices=("auto", "pca", "vae"))
+    encoder: str = opt(
+        "vae", "latents by a small VAE trained first, or by PCA", fixed=True, everyday=True, choices=("vae", "pca")
+    )
     encoder_weights: str = opt("", "an encoder.pt of an earlier run, instead of training a VAE", fixed=True)
     encoder_share: float = opt(0.15, "share of the run that trains the VAE", fixed=True, low=0.01, high=0.9)
     vae: str = opt("", "folder of a diffusers AutoencoderKL, instead of an encoder of our own")
@@ -77,7 +79,7 @@ class Config(Settings):
     classes: str = opt("", "for --sample: names of classes with commas between; empty: all")
     model: str = opt("", "for --sample: a model-N.pt of the run; empty: the finished average")
     steps: int = opt(20, "steps of the sampler (DPM-Solver++)", low=2)
-    guidance: float = opt(3.0, "guidance towards the class; 1: none", everyday=True, low=0)
+    guidance: float = opt(2.0, "guidance towards the class; 1: none", everyday=True, low=0)
     guidance_low: float = opt(0.2, "guide where the noise is at least so many times the signal", low=0)
     guidance_high: float = opt(10.0, "and at most so many times", low=0)
     rescale: float = opt(0.7, "how far guidance keeps the contrast of plain samples", low=0, high=1)
@@ -93,7 +95,6 @@ def settle(cfg):
     cfg.target_size = cfg.target_size or (64 if cfg.data_dir else 32)
     cfg.factor = cfg.factor or (8 if cfg.target_size >= 128 or cfg.vae else min(4, max(2, cfg.target_size // 8)))
     cfg.latent_channels = cfg.latent_channels or 4
-    cfg.encoder = cfg.encoder if cfg.encoder != "auto" else "vae" if cfg.target_size >= 64 else "pca"
     if cfg.num_steps == Config.num_steps and cfg.num_epochs != Config.num_epochs:
         cfg.num_steps = 0
     elif cfg.num_steps == Config.num_steps and not (cfg.data_dir or cfg.time_budget or cfg.deadline):
@@ -111,9 +112,7 @@ def settle(cfg):
     if cfg.encoder == "vae" and cfg.factor % 2 and not cfg.vae:
         raise RecipeError(f"--factor is {cfg.factor}; the VAE takes an even one, such as 2, 4 or 8.", 2)
     if cfg.stage == "encoder" and (cfg.encoder == "pca" or cfg.vae or cfg.encoder_weights):
-        raise RecipeError("--stage encoder trains the VAE: add --encoder vae, without --vae and --encoder_weights.", 2)
-    if cfg.stage == "diffusion" and cfg.encoder == "vae" and not (cfg.vae or cfg.encoder_weights):
-        raise RecipeError("--stage diffusion with --encoder vae needs --encoder_weights FILE, the encoder.pt of a run.", 2)
+        raise RecipeError("--stage encoder trains the VAE: leave --encoder pca, --vae and --encoder_weights away.", 2)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -640,6 +639,18 @@ def accuracy(classifier, images, labels):
     return float(torch.cat(hits).float().mean())
 
 
+@torch.no_grad()
+def kernel_distance(classifier, images, real):
+    """Squared distance between uint8 images and `real` ones as the classifier sees them (Binkowski et al., "Demystifying MMD
+    GANs", 2018: KID, here on its features); 0 is no difference. Unlike the accuracy it also sees that samples are all alike."""
+    device = next(classifier.parameters()).device
+    x, y = (torch.cat([classifier.net[:-1](thumbs(p).to(device)).cpu() for p in s.split(128)]) for s in (images, real))
+    x, y = ((s - y.mean(0)) / (y.std(0) + 1e-6) for s in (x, y))
+    xx, yy, xy = ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    inside = ((k.sum() - k.trace()) / (len(k) * max(len(k) - 1, 1)) for k in (xx, yy))
+    return float(sum(inside) - 2 * xy.mean())
+
+
 def spread(images, labels):
     """Mean distance between images of one class; uint8 images [n, 3, s, s]. Not a number where no class has two."""
     flat = thumbs(images).flatten(1)
@@ -877,6 +888,8 @@ def judge_samples(parts, val, cfg, run, share=1.0):
     metrics = {"class_accuracy": accuracy(val.classifier, images, label)}
     metrics["class_accuracy_real"] = accuracy(val.classifier, val.images, val.labels)
     metrics |= {"copy_rate": copy_rate(images, val.thumbs), "clipped": clipped}
+    metrics["kid"] = kernel_distance(val.classifier, images, val.images)
+    metrics["kid_real"] = kernel_distance(val.classifier, val.real, val.images)
     diversity = spread(images, label) / spread(val.real, val.truth)
     metrics |= {"diversity": diversity} if math.isfinite(diversity) else {}
     rows, shown = [], evenly(len(chosen), 40)
@@ -972,6 +985,8 @@ def train(cfg):
     and others."""
     for f in (f for f in dataclasses.fields(cfg) if "derived" in f.metadata):
         setattr(cfg, f.name, f.default)  # this run's data decide anew
+    if cfg.stage == "diffusion" and cfg.encoder == "vae" and not (cfg.vae or cfg.encoder_weights):
+        raise RecipeError("--stage diffusion needs --encoder_weights FILE, the encoder.pt of a run, or --encoder pca.", 2)
     with Run(cfg, RECIPE) as run:
         data, val = open_data(cfg, run)
         parts = build(cfg, run)

@@ -25,7 +25,12 @@ import train_latent_cfg as recipe  # noqa: E402
 from common import Run, keep_freed_memory  # noqa: E402
 
 PACKAGE = "denoising-diffusion-pytorch: fp32, Adam"
-FORMS = {"recipe in fp32": (False, False), "recipe": (None, False), "recipe, compiled": (None, True)}  # (half?, compiled?)
+FORMS = {  # name -> (half precision?, compiled?, forward passes an update)
+    "recipe in fp32": (False, False, 1),
+    "recipe": (None, False, 1),
+    "recipe, half the batch twice": (None, False, 2),
+    "recipe, compiled": (None, True, 1),
+}
 
 
 def package():
@@ -58,9 +63,10 @@ def package_step(args, device):
     return step, sum(p.numel() for p in net.parameters())
 
 
-def recipe_step(args, half, compiled, stack):
+def recipe_step(args, half, compiled, passes, stack):
     """(one update of the recipe, its weights, its run)."""
-    words = {"factor": 4, "target_size": 4 * args.side, "latent_channels": args.channels, "batch_size": args.batch_size}
+    words = {"factor": 4, "target_size": 4 * args.side, "latent_channels": args.channels, "accumulate": passes}
+    words["batch_size"] = args.batch_size // passes
     cfg = recipe.Config(device=args.device, use_amp=half, compile=compiled, **words)
     cfg.names = json.dumps([str(k) for k in range(31)])
     run = Run(cfg)
@@ -82,9 +88,9 @@ def main():
     args = parser.parse_args()
     times, weights, steps = {}, {}, {}
     with contextlib.ExitStack() as stack:
-        for name, (half, compiled) in FORMS.items():
+        for name, (half, compiled, passes) in FORMS.items():
             if args.compile or not compiled:
-                steps[name], weights[name], run = recipe_step(args, half, compiled, stack)
+                steps[name], weights[name], run = recipe_step(args, half, compiled, passes, stack)
         steps[PACKAGE], weights[PACKAGE] = package_step(args, run.device)
         if run.kind == "cpu":
             keep_freed_memory()
