@@ -867,10 +867,12 @@ def cached_latents(items, encode, key, cfg, run):
             if time.monotonic() - told > HEARTBEAT:
                 told = time.monotonic()
                 say(f"{i} of {len(items)} images are encoded.")
-        save_tensors(path, {"key": key, "latents": torch.cat(done)})
+        save_tensors(path, {"key": key, "latents": torch.cat(done), "bad": items.bad})
     if run.world > 1:
         torch.distributed.barrier()
-    return load_tensors(path)["latents"]
+    state = load_tensors(path)
+    items.bad |= state.get("bad", {})  # so that `Items.place` knows whose latents these are
+    return state["latents"]
 
 
 class VAE:
@@ -1324,10 +1326,9 @@ class Run:
     @property
     def planned_steps(self):
         """Updates that --num_steps or --num_epochs ask for; infinity where only the clock ends the run."""
-        steps, epochs = (
-            name in getattr(self.cfg, "given", ()) or getattr(self.cfg, name) != getattr(type(self.cfg), name)
-            for name in ("num_steps", "num_epochs")
-        )
+        own, given = type(self.cfg), getattr(self.cfg, "given", ())
+        pairs = ((n, getattr(self.cfg, n)) for n in ("num_steps", "num_epochs"))
+        steps, epochs = (bool(value) and (n in given or value != getattr(own, n)) for n, value in pairs)
         if (self.clock.budget or self.clock.deadline) and not (steps or epochs):
             return math.inf
         if self.cfg.num_steps and (steps or not epochs):
@@ -1551,8 +1552,9 @@ class Run:
         say(f"{BAD_LIMIT} updates in a row were not finite: back to update {self.step} at 0.3 of the rate. Last files: {files}")
 
     def renew(self):
-        """Have `batches` start its loader anew: the training data have changed."""
+        """Have `batches` start its loader anew, after the training data have changed; looks at the clock again."""
         self.rewound = True
+        self._share()
 
     def due(self, every=None, at=()):
         """Whether the update just counted passed a mark: each `every` share of the run (0.05: twenty), or one of `at`.

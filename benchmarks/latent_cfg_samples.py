@@ -3,7 +3,7 @@
     python benchmarks/latent_cfg_samples.py RUN_FOLDER [--each 20] [--learn 50] [--out FILE.json]
 
 The classifier is the run's own, trained on the real training images; its accuracy on held-out real images stands first. Every
-line draws the same noise. `error` is the standard error of the accuracy; `kid` the distance to held-out real images, as the
+line draws the same noise. `error` is the standard error of the accuracy; `distance` that to held-out real images, as the
 recipe measures it. `--learn N` also does it the other way round (Ravuri and Vinyals, 2019): it trains the classifier on N
 samples of each class, and on these and the real images, and tests it on held-out real images: what samples are worth as data.
 """
@@ -79,11 +79,8 @@ def main():
     with tempfile.TemporaryDirectory() as aside:
         with Run(recipe.Config(**words, device=args.device, out_dir=str(Path(aside) / "run")), recipe.RECIPE) as again:
             _, val = recipe.open_data(again.cfg, again)
-    floor = recipe.kernel_distance(judge, val.real, val.images)
-    say(f"Held-out real images: accuracy {metrics['class_accuracy_real']:.3f}, training images' kid {floor:.3f}.")
-    say(
-        f"{len(labels)} samples a line.\n| change | accuracy | error | of the ceiling | kid | copies | out of range | seconds |"
-    )
+    say(f"Held-out real images: {metrics['class_accuracy_real']:.3f}. {len(labels)} samples a line.")
+    say("| change | accuracy | error | of the ceiling | distance | copies | out of range | seconds |")
     say("|---|--:|--:|--:|--:|--:|--:|--:|")
     rows = []
     for change in LINES:
@@ -93,18 +90,18 @@ def main():
         seconds, right = time.perf_counter() - start, recipe.accuracy(judge, images, labels)
         error, share = (right * (1 - right) / len(labels)) ** 0.5, right / metrics["class_accuracy_real"]
         row = {"change": change, "accuracy": round(right, 4), "error": round(error, 4), "of_ceiling": round(share, 4)}
-        row |= {"kid": round(recipe.kernel_distance(judge, images, val.images), 4), "clipped": round(outside, 5)}
+        row |= {"distance": round(recipe.feature_distance(judge, images, val.images), 4), "clipped": round(outside, 5)}
         row |= {"copy_rate": copy_rate(images, val.thumbs), "seconds": round(seconds, 1)}
         rows.append(row)
         text = ", ".join(f"{k} {v:g}" for k, v in change.items())
-        tail = f"{row['kid']:.3f} | {row['copy_rate']:.1%} | {outside:.2%} | {seconds:.0f} |"
+        tail = f"{row['distance']:.3f} | {row['copy_rate']:.1%} | {outside:.2%} | {seconds:.0f} |"
         say(f"| {text} | {right:.3f} | {error:.3f} | {share:.0%} | {tail}")
     learnt = learn(painter, val, args, metrics) if args.learn else {}
     if args.out:
         about = {"device": run.device_name, "processor": platform.processor() or platform.machine()}
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "date": datetime.date.today().isoformat()}
         about |= {"defaults": {k: getattr(cfg, k) for k in ("steps", "guidance", "guidance_low", "guidance_high", "rescale")}}
-        about |= {"metrics": metrics, "kid_real": round(floor, 4), "rows": rows, "learnt": learnt}
+        about |= {"metrics": metrics, "rows": rows, "learnt": learnt}
         Path(args.out).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
