@@ -243,7 +243,7 @@ def test_times_are_stratified_over_the_whole_update():
 def test_copies_are_found():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (20, 3, 32, 32), np.uint8))
-    thumbs = fast.flips(images.float(), fast.Config(flip="h"))
+    thumbs = common.mirrored(images.float(), "h")
     fresh = torch.from_numpy(rng.integers(0, 256, (4, 3, 32, 32), np.uint8))
     assert common.copy_rate(fresh, thumbs) == 0
     assert common.copy_rate(torch.cat([fresh[:2], images[:1], images[3:4].flip(3)]), thumbs) == 0.5
