@@ -231,13 +231,13 @@ def open_data(cfg, run):
     counts = np.bincount(labels, minlength=len(names))
     least, most = names[counts.argmin()], names[counts.argmax()]
     say(f"{len(train)} images of {len(names)} classes, {counts.min()} ({least}) to {counts.max()} ({most}) each; "
-        f"{len(held)} held out.")  # fmt: skip
+        f"{len(held)} held out, {min(len(held), cfg.val_images)} of them for the held-out loss.")  # fmt: skip
     items, seen = Items(train, load, check=run.check), evenly(len(train), 2000)
     others = Items(held, load, "validation", run.check)
     real, images = (torch.from_numpy(np.stack(a)) for a in ([items[i] for i in seen], [others[i] for i in range(len(held))]))
     held_labels = [number[label_of(held[others.place(i)])] for i in range(len(held))]  # a bad file's is another's
     val = types.SimpleNamespace(
-        images=images, labels=torch.tensor(held_labels), names=names, real=real,
+        images=images, labels=torch.tensor(held_labels), names=names, real=real, copies=0.0,
         truth=torch.from_numpy(labels[[items.place(i) for i in seen]]), thumbs=mirrored(thumbs(real), cfg.flip),
     )  # fmt: skip
     if run.main:
@@ -914,13 +914,12 @@ def judge_samples(parts, val, cfg, run, share=1.0):
 
 
 def show(parts, val, cfg, run):
-    """Write sample-<update>.png: one sample of each class (of 36 at most), from the same noise each time."""
+    """Write sample-<update>.png: one sample of each class (36 at most), from the same noise each time; notes their copies."""
     label = torch.tensor(evenly(len(val.names), 36))
     keys = [("show", int(c)) for c in label]
-    images = (
-        draw_images(parts.ema.model, final(parts), label, keys, cfg, run, min(cfg.steps, 12))[0].numpy().transpose(0, 2, 3, 1)
-    )
-    across = math.ceil(math.sqrt(len(images)))
+    images, _ = draw_images(parts.ema.model, final(parts), label, keys, cfg, run, min(cfg.steps, 12))
+    val.copies, across = copy_rate(images, val.thumbs), math.ceil(math.sqrt(len(images)))
+    images = images.numpy().transpose(0, 2, 3, 1)
     cells = [*images, *[np.full_like(images[0], 255)] * (-len(images) % across)]
     sheet = picture([cells[k : k + across] for k in range(0, len(cells), across)], zoom=max(1, 128 // cfg.target_size))
     write_aside(run.folder / f"sample-{run.step:06d}.png", lambda f: sheet.save(f, "PNG"))
@@ -967,28 +966,22 @@ def summary(metrics):
     """The figures in one line."""
     if "heldout_loss" not in metrics:
         return f"PSNR through the latents {metrics['psnr']:.2f} dB"
-    text = f"held-out loss {metrics['heldout_loss']:.4f} (training images {metrics['train_loss']:.4f})"
+    text = "held-out loss {heldout_loss:.4f} (training images {train_loss:.4f})"
     if "class_accuracy" in metrics:
-        text += (
-            f", classifier right on {metrics['class_accuracy']:.0%} of samples ({metrics['class_accuracy_real']:.0%} of real "
-        )
-        text += f"held-out images), {metrics['copy_rate']:.0%} copies"
-    return text
+        text += ", classifier right on {class_accuracy:.0%} of samples ({class_accuracy_real:.0%} of real held-out images), "
+        text += "{copy_rate:.0%} copies"
+    return text.format(**metrics)
 
 
 def describe(parts, val, cfg):
     """The line that says what is trained on which latents."""
     shape = "x".join(str(n) for n in (val.x.shape[2], val.x.shape[3], val.x.shape[1]))
-    text = f"Latents {shape} ({final(parts).kind}, {val.psnr:.1f} dB there and back"
-    text += (
-        ")"
-        if final(parts).ready
-        else f"; a VAE learns for {1 if cfg.stage == 'encoder' else cfg.encoder_share:.0%} of the run)"
-    )
+    codec, share = final(parts), 1 if cfg.stage == "encoder" else cfg.encoder_share
+    text = f"Latents {shape} ({codec.kind}, {val.psnr:.1f} dB there and back"
+    text += ")" if codec.ready else f"; a VAE learns for {share:.0%} of the run)"
     if hasattr(parts, "model"):
-        text += (
-            f"; UNet of {sum(p.numel() for p in parts.model.parameters()) / 1e6:.2f} million weights, objective {cfg.objective}"
-        )
+        weights = sum(p.numel() for p in parts.model.parameters()) / 1e6
+        text += f"; UNet of {weights:.2f} million weights, objective {cfg.objective}"
     return text
 
 
@@ -1022,13 +1015,13 @@ def train(cfg):
             if not final(parts).ready:
                 watch_encoder(parts, data, val, cfg, run)
                 continue
-            watch.see(losses["loss"], run.trained() - final(parts).begun)
             begun = final(parts).begun
+            watch.see(losses["loss"], run.trained() - begun)
             marks = {m: begun + m * (1 - begun) for m in SAMPLE_MARKS}  # shares of the diffusion's part
             if run.due(every=0.1, at=(marks[0.05],)) and not run.over:
                 metrics = assess(parts, val, cfg, run)
                 say(f"step {run.step}: {summary(metrics)}")
-                watch.warn(metrics, run, final(parts).begun)
+                watch.warn(metrics | {"copy_rate": val.copies}, run, begun)
                 if run.due(at=(marks[0.05],)):
                     say(verdict(metrics))
             if run.step % cfg.model_every == 0:
@@ -1069,19 +1062,13 @@ def load(run_dir, device="cpu", model="", vae=""):
     run_dir = Path(run_dir)
     about = read_json(run_dir / "settings.json")
     saved, path = about.get("settings"), run_dir / (model or "model.pt")
-    if (
-        about.get("recipe") != RECIPE
-        or not saved
-        or saved["stage"] == "encoder"
-        or not (path.exists() or (run_dir / "best.pt").exists())
-    ):
+    there = path.exists() or (run_dir / "best.pt").exists()
+    if about.get("recipe") != RECIPE or not (saved and there) or saved["stage"] == "encoder":
         raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
     if model and not path.exists():
         there = ", ".join(p.name for p in sorted(run_dir.glob("model*.pt"))) or "none"
         raise RecipeError(f"There is no {path}; here are: {there}.", 2)
-    cfg = Config(
-        **{k: v for k, v in saved.items() if k in Config.__dataclass_fields__} | {"encoder_weights": "", "stage": "all"}
-    )
+    cfg = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
     if not path.exists():
         say(f"The run in {run_dir} has not finished; these are its best weights so far.")
         path = run_dir / "best.pt"
@@ -1111,9 +1098,8 @@ def sample(cfg):
     wanted = [cfg.classes] if cfg.classes in painter.names else [c.strip() for c in cfg.classes.split(",") if c.strip()]
     wanted = wanted or painter.names
     if strange := set(wanted) - set(painter.names):
-        raise RecipeError(
-            f"--classes: the model in {folder} has no class {min(strange)!r}; it has {', '.join(painter.names)}.", 2
-        )
+        known = ", ".join(painter.names)
+        raise RecipeError(f"--classes: the model in {folder} has no class {min(strange)!r}; it has {known}.", 2)
     say(f"Sampling with the model in {folder}: {own.steps} steps, guidance {own.guidance:g}.")
     for name in wanted:
         plain = re.sub(r'[\\/:*?"<>|]|^\.+$', "_", name)  # as a file may be called
