@@ -51,7 +51,7 @@ RECIPE = "latent_cfg"
 SHAPES = ("disc", "ring", "square", "cross", "triangle", "stripes")  # the built-in classes
 BUILT_IN = 40  # built-in images of a class to train on
 JUDGED = 310  # samples that the classifier judges at the end, about
-IGNORED = 1e-3  # share of the prediction's square that a class moves at least
+IGNORED = 1e-3  # a class moves at least this share of a prediction's square, and another is five times so much worse
 EPOCHS = 40  # passes over the data that the classifier takes
 
 
@@ -98,7 +98,7 @@ class Config(Settings):
 
 
 def settle(cfg):
-    """Fill what 0 and "auto" leave to the script. RecipeError for settings that do not fit each other."""
+    """Fill what 0 leaves to the script. RecipeError for settings that do not fit each other."""
     cfg.target_size = cfg.target_size or (64 if cfg.data_dir else 32)
     cfg.factor = cfg.factor or (8 if cfg.target_size >= 128 or cfg.vae else 4 if cfg.target_size >= 32 else 2)
     cfg.latent_channels = cfg.latent_channels or 4
@@ -821,18 +821,21 @@ def take_latents(parts, data, val, cfg, run):
 
 def assess(parts, val, cfg, run):
     """{heldout_loss, train_loss at the same times and noise, heldout_q1 (little noise) to q4 (much), class_effect: how far the
-    class moves the prediction}; keeps the best weights."""
+    class moves the prediction, class_gap: the share by which another class is
+    worse}; keeps the best weights."""
     net = parts.ema.model
     held = heldout_loss(net, val.x, val.y, run)
     metrics = {"heldout_loss": sum(held) / len(held)}
     metrics["train_loss"] = sum(heldout_loss(net, val.seen, val.seen_y, run)) / len(held)
     metrics |= {f"heldout_q{k + 1}": (held[2 * k] + held[2 * k + 1]) / 2 for k in range(4)}
     with torch.no_grad(), run.autocast():
-        x, y = val.x[:32].to(run.device), val.y[:32].to(run.device)
+        x, y = val.x[:64].to(run.device), val.y[:64].to(run.device)
         t = torch.full((len(x),), 0.75, device=run.device)
-        z = angles(t)[0] * x + angles(t)[1] * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(run.device)
-        v = net(z, t, y)
-        metrics["class_effect"] = float((v - net(z, t, y * 0 + net.null)).square().mean() / v.square().mean().clamp(min=1e-9))
+        (a, b), noise = angles(t), torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(run.device)
+        v, blind, other = (net(a * x + b * noise, t, label) for label in (y, y * 0 + net.null, (y + 1) % net.null))
+        metrics["class_effect"] = float((v - blind).square().mean() / v.square().mean().clamp(min=1e-9))
+        own, wrong = ((out - a * noise + b * x).square().mean() for out in (v, other))
+        metrics["class_gap"] = float(wrong / own.clamp(min=1e-9)) - 1
     run.judge("heldout_loss", metrics, {"net": net.state_dict(), "codec": final(parts).state_dict()}, higher=False)
     return metrics
 
@@ -869,9 +872,9 @@ def warnings_of(metrics, run):
         "memorising": (parted, "Memorisation begins: the held-out loss rises to {heldout_loss:.4f}, that of the training "
             "images is {train_loss:.4f}. best.pt holds the best so far; --patience 3 ends a run there, and --dim 32, "
             "--dropout 0.1 or more images put it off."),
-        "ignored": (m["class_effect"] < IGNORED and run.trained() > m["begun"] + 0.1, "The class is ignored: with and without "
-            "it predictions differ by {class_effect:.1e} of their square. Does each row of data.png show one class? Early in a "
-            "run this can be want of updates."),
+        "ignored": (min(m["class_effect"], m["class_gap"] / 5) < IGNORED and run.trained() > m["begun"] + 0.3, "The class is "
+            "ignored: with and without it predictions differ by {class_effect:.1e} of their square, and another class is worse "
+            "by {class_gap:.1%}. Does each row of data.png show one class? Early in a run this can be want of updates."),
         "copies": (m["copy_rate"] > 0.01, "{copy_rate:.0%} of the samples are copies of training images. Use an earlier "
             "model-N.pt (--model), --dim 32 or more images; where images are private, do not hand these samples on."),
         "collapsed": (m["diversity"] < 0.5, "Samples of a class are alike: they differ {diversity:.0%} as much as real ones. "

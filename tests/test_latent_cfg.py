@@ -406,6 +406,12 @@ class Trained:
         return (p for p in self.model.parameters() if p.requires_grad)
 
 
+def test_classes_that_never_reach_training_are_told(config, monkeypatch, capsys):
+    """The other planted bug: all classes hidden in training, so that their embeddings stay random and do move predictions."""
+    recipe.train(config(num_steps=60, learning_rate=5e-3, class_drop=1.0))
+    assert "The class is ignored" in capsys.readouterr().out
+
+
 def test_planted_copies_are_told(config, monkeypatch, capsys):
     """Samples that are training images, a little brighter and mirrored; real held-out ones are no copies."""
     metrics = recipe.train(config())
@@ -423,7 +429,15 @@ def test_planted_copies_are_told(config, monkeypatch, capsys):
 def test_each_warning_has_its_cause(config):
     run = common.Run(config())
     run.progress, run.best = 0.5, {"heldout_loss": 0.5, "step": 3}
-    fine = {"heldout_loss": 0.5, "train_loss": 0.48, "class_effect": 0.02, "copy_rate": 0.0, "diversity": 0.9, "clipped": 0.0}
+    fine = {
+        "heldout_loss": 0.5,
+        "train_loss": 0.48,
+        "class_effect": 0.02,
+        "class_gap": 0.05,
+        "copy_rate": 0.0,
+        "diversity": 0.9,
+        "clipped": 0.0,
+    }
     fine |= {"batch_low": 0.02, "batch_high": 0.6}
     assert recipe.warnings_of(fine, run) == {}
     causes = {"memorising": {"heldout_loss": 0.56, "train_loss": 0.4}, "ignored": {"class_effect": 1e-5}}
