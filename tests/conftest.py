@@ -19,9 +19,12 @@ TINY = ["--target_size", "24", "--batch_size", "3", "--num_steps", "9", "--no-us
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_settings(monkeypatch):
-    """Two cores are shared by the tests and their children; and no variable of the machine may reach a setting."""
+def one_thread_one_seed_and_no_settings(monkeypatch):
+    """Two cores are shared by the tests and their children; a test that fails must fail again; and no variable of the
+    machine may reach a setting."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
     for name in ("SEED", "DEVICE", "COMPILE", "SCALE", "ARCH", "BATCH_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
