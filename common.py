@@ -501,13 +501,13 @@ class Parts(types.SimpleNamespace):
 
 
 def with_state(opt):
-    """`opt`, an Adam whose rate is 0, with its state allocated, as memory planning and `Run.resume` want it."""
+    """`opt`, an Adam or SGD whose rate is 0, with its state allocated, as memory planning and `Run.resume` want it."""
     weights = [p for group in opt.param_groups for p in group["params"]]
     for p in weights:
         p.grad = torch.zeros_like(p)
     opt.step()
-    for state in opt.state.values():
-        state["step"].zero_()
+    for value in (v for state in opt.state.values() for v in state.values()):
+        value.zero_()
     opt.zero_grad(set_to_none=True)
     return opt
 
@@ -795,7 +795,7 @@ class Items:
         try:
             return self.load(self.paths[i])
         except UNREADABLE as e:
-            self.bad[i] = f"{self.paths[i]} ({e})"
+            self.bad[i] = f"{self.paths[i]['image'] if isinstance(self.paths[i], dict) else self.paths[i]} ({e})"
             if len(self.bad) <= 5:
                 say(f"Bad {self.what} file, its place takes the next good one: {self.bad[i]}")
             if len(self.bad) > max(3, len(self.paths) / 5) or len(self.bad) == len(self.paths):
@@ -1367,9 +1367,9 @@ class Run:
                 f"A run keeps three checkpoints of {size / 2**20:.0f} MB each; {self.folder} has {free / 2**20:.0f} MB free. "
                 "Free some space or choose an --out_dir on another disk."
             )
-        self.workers = self.cfg.num_workers
-        if self.workers < 0:
-            self.workers = 0 if getattr(self.data, "cached", False) else min(4, os.cpu_count() or 1)
+        resident, cached = (getattr(self.data, name, False) for name in ("resident", "cached"))  # on the device; in RAM
+        own = self.cfg.num_workers if self.cfg.num_workers >= 0 else 0 if cached else min(4, os.cpu_count() or 1)
+        self.workers = 0 if resident else own
         self.logged_at = self.saved_at = self.began = time.monotonic()
         self.wait, self.count, self.first = 0.0, 0, self.step
         if self.step == 0:
@@ -1379,7 +1379,7 @@ class Run:
             stream = Stream(len(self.data), self.samples, self.cfg.seed, self.step, self.rank, self.world)
             loader = torch.utils.data.DataLoader(
                 self.data, batch_sampler=stream, collate_fn=as_is, num_workers=self.workers, worker_init_fn=ignore_signals,
-                pin_memory=self.kind == "cuda", generator=torch.Generator().manual_seed(0), **more,
+                pin_memory=self.kind == "cuda" and not resident, generator=torch.Generator().manual_seed(0), **more,
             )  # fmt: skip
             batches, self.rewound = iter(loader), False
             try:

@@ -39,6 +39,7 @@ if hasattr(recipe, "NextDiT"):  # a network for tests, small and not silent at i
     recipe.NextDiT.__init__ = small
 if faults.get("optimizer") == "SGD":
     recipe.SOAP = lambda params, lr: recipe.torch.optim.SGD(params, 1.0)
+    recipe.Muon = lambda groups, lr: recipe.torch.optim.SGD(groups, 1.0)
     recipe.torch.optim.AdamW = lambda params, *args, **words: recipe.torch.optim.SGD(params, 1.0)
 if faults.get("worker_bug"):
     whole = recipe.Crops.__getitems__

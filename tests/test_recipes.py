@@ -24,6 +24,7 @@ RECIPES = {
     "train_nextdit_fast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
     "train_nextdit_ultrafast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
     "train_latent_cfg": "--target_size 16 --dim 8 --mults 1,2 --batch_size 2 --num_steps 4 --steps 2 --val_images 4".split(),
+    "train_convnext": "--base_channels 8 --target_size 16 --batch_size 2 --num_steps 4 --metrics_every 1".split(),
     "finetune_pretrained": "--target_size 16 --batch_size 2 --num_steps 4 --steps 2 --val_images 2 --heads 2".split(),
 }
 EXACT = {"train_realesrgan_optimized": ["--no-gan"]}  # Adam on a discriminator blows rounding up
