@@ -27,6 +27,7 @@ import time
 import types
 import warnings
 import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,12 @@ class Config(Settings):
     data_dir: str = opt("", "folder with a folder per class, CSV or .npz; empty: built-in shapes", everyday=True)
     arch: str = opt("convnext", "network", fixed=True, everyday=True, choices=("convnext", "baseline"))
     base_channels: int = opt(64, "width of the first blocks", fixed=True, low=8)
-    num_blocks: int = opt(4, "blocks of ConvNeXt; the baseline has a pair of convolutions less", fixed=True, low=2, high=12)
-    stem: int = opt(0, "pixels per position after the first layer; 0: by architecture and size", fixed=True, low=0, high=16)
+    num_blocks: int = opt(
+        4, "blocks of ConvNeXt; the baseline has a pair of convolutions for each but one", fixed=True, low=2, high=12
+    )
+    stem: int = opt(
+        0, "pixels that a position of the first layer stands for, across; 0: by network and size", fixed=True, low=0, high=16
+    )
     loss: str = opt("ce", "cross entropy, supervised contrastive, ArcFace", fixed=True, everyday=True,
         choices=("ce", "supcon", "arcface"))  # fmt: skip
     balance: bool = opt(False, "classes count alike however many images they have (logit adjustment)", fixed=True)
@@ -78,8 +83,9 @@ class Config(Settings):
     flip: str = opt("h", "mirror training images: horizontally, both ways", fixed=True, choices=("none", "h", "hv"))
     shift: float = opt(0.1, "move training images by up to this share of their side", fixed=True, low=0, high=0.5)
     zoom: float = opt(0.0, "enlarge or shrink training images by up to this share", fixed=True, low=0, high=1)
-    cutout: float = opt(0.25, "side of the square cut out of a training image, as a share", fixed=True, low=0, high=1)
-    mixup: float = opt(0.0, "mix up to half of this share of another image in", fixed=True, low=0, high=1)
+    mirrored: bool = opt(True, "judge and export the mean over an image and its left-right mirror image", fixed=True)
+    cutout: float = opt(0.375, "side of the square cut out of a training image, as a share", fixed=True, low=0, high=1)
+    mixup: float = opt(0.0, "mix another image in, by up to half of this share", fixed=True, low=0, high=1)
     smoothing: float = opt(0.1, "label smoothing", fixed=True, low=0, high=0.9)
     metrics_every: int = opt(10, "passes over the data between two separation metrics", everyday=True, low=1)
     embed_every: int = opt(50, "passes between two sets of embeddings, scatter and worst errors", low=1)
@@ -103,9 +109,11 @@ def settle(cfg):
     if cfg.loss != "ce" and cfg.mixup:
         raise RecipeError(f"--mixup is {cfg.mixup}; it mixes classes, which --loss {cfg.loss} cannot take. Leave one away.", 2)
     halved = cfg.num_blocks - 1 if cfg.arch == "baseline" else (cfg.num_blocks - 1) // 2
-    least = cfg.stem * 2**halved + cfg.stem % 2
+    least = max(cfg.stem * 2**halved + cfg.stem % 2, 2 * cfg.stem)
     if s < least:
-        raise RecipeError(f"--target_size is {s}; with --stem {cfg.stem} this network takes {least} at least.", 2)
+        raise RecipeError(
+            f"--target_size is {s}; with --stem {cfg.stem} and --num_blocks {cfg.num_blocks} it takes {least} at least.", 2
+        )
 
 
 def glance(cfg):
@@ -113,14 +121,13 @@ def glance(cfg):
     place, sides = Path(cfg.data_dir).expanduser(), []
     if not cfg.data_dir:
         return BUILT_IN * len(SHAPES), 32
-    if place.suffix == ".npz":
-        files = read_npz(place)["train"].images
-        sides = [min(unpack(files[0], place).shape[:2])]
+    if place.suffix.lower() == ".npz":
+        files = splits_of(place)["train"].images
     else:
         files = [r["image"] for r in read_table(place)] if place.suffix.lower() == ".csv" else find_images(place)
-        for i in evenly(len(files), 9):
-            with suppress(*UNREADABLE), Image.open(files[i]) as image:  # a bad one is named later
-                sides.append(min(image.size))
+    for i in evenly(len(files), 9):
+        with suppress(*UNREADABLE):  # a bad one is named later
+            sides.append(min((load_item(files[i]) if isinstance(files[i], Path) else unpack(files[i], place)).shape[:2]))
     return len(files), min(128, max(8, sorted(sides or [64])[len(sides) // 2] // 4 * 4))
 
 
@@ -136,19 +143,6 @@ def unpack(item, place):
     return colour(item[..., 0] if item.shape[2:] == (1,) else item, place)
 
 
-class Packed:
-    """Files that lie end to end in one array; by index the bytes of one."""
-
-    def __init__(self, data, offsets):
-        self.data, self.offsets = data, offsets
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        return self.data[self.offsets[i] : self.offsets[i + 1]]
-
-
 @functools.lru_cache(2)
 def read_npz(path):
     """{split: namespace of images and labels (texts)} of an .npz; RecipeError says which arrays it takes.
@@ -161,7 +155,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files}
-    except (*UNREADABLE, zipfile.BadZipFile, AttributeError, TypeError) as e:
+    except (*UNREADABLE, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as e:
         raise RecipeError(f"{path} cannot be read as .npz ({e}).", 2) from None
     splits, named = {}, [str(c) for c in arrays.get("classes", [])]
     for split in ("train", "val", "test"):
@@ -169,7 +163,8 @@ def read_npz(path):
         pairs = ((f"{split}_images", f"{split}_labels"), (f"x_{split}", f"y_{split}"), plain)
         images, labels = next(((arrays[i], arrays[k]) for i, k in pairs if i in arrays and k in arrays), (None, None))
         if f"{split}_jpeg" in arrays and f"{split}_offsets" in arrays:
-            images, labels = Packed(arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"]), arrays.get(f"{split}_labels")
+            images = np.split(arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"][1:-1])
+            labels = arrays.get(f"{split}_labels")
         elif images is not None and (images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3):
             what = f"{split} images are {images.dtype} {images.shape}"
             raise RecipeError(f"{path}: {what}; give uint8 [n, height, width] or [n, height, width, 3].", 2)
@@ -181,9 +176,16 @@ def read_npz(path):
         texts = [str(v) for v in labels.ravel().tolist()]
         texts = [named[int(t)] if named and t.isdigit() and int(t) < len(named) else t for t in texts]
         splits[split] = types.SimpleNamespace(images=images, labels=texts)
-    if "train" not in splits or not splits["train"].labels:
+    if not splits or not all(part.labels for part in splits.values()):
         raise RecipeError(f"{path} holds {', '.join(arrays) or 'nothing'}. {takes}", 2)
     return splits
+
+
+def splits_of(path):
+    """`read_npz` of training data."""
+    if "train" not in read_npz(path):
+        raise RecipeError(f"{path} holds no training images, only {', '.join(read_npz(path))}; give it as --val_dir.", 2)
+    return read_npz(path)
 
 
 def npz_records(cfg):
@@ -194,19 +196,16 @@ def npz_records(cfg):
         s = read_npz(path)[split]
         return [{"image": f"{path}[{split} {i}]", "item": s.images[i], "label": s.labels[i]} for i in range(len(s.labels))]
 
-    train, splits = listed(place, "train"), read_npz(place)
+    splits, train = splits_of(place), listed(place, "train")
     held = next((s for s in ("val", "test") if s in splits), "")
     if cfg.val_dir:
-        if not cfg.val_dir.endswith(".npz"):
+        if not cfg.val_dir.lower().endswith(".npz"):
             raise RecipeError(f"--val_dir is {cfg.val_dir!r}; beside an .npz as --data_dir it takes an .npz too.", 2)
         other = Path(cfg.val_dir).expanduser()
         val = listed(other, next(s for s in ("test", "val", "train") if s in read_npz(other)))
     elif held:
-        val = listed(place, held)
-        say(
-            f"Held out: the {held} images of {place.name}"
-            + "; its test images are left alone." * ({"val", "test"} <= set(splits))
-        )
+        val, alone = listed(place, held), "; its test images are left alone" * ({"val", "test"} <= set(splits))
+        say(f"Held out: the {held} images of {place.name}{alone}.")
     else:
         order = np.random.default_rng(cfg.seed).permutation(len(train))
         cut = max(1, len(train) // 10)
@@ -317,7 +316,7 @@ class Pictures(torch.utils.data.Dataset):
 def open_data(cfg, run):
     """(training `Pictures`, held-out `Pictures`, names of the classes) of the data, or of built-in shapes; writes data.png."""
     if cfg.data_dir:
-        records = npz_records(cfg) if cfg.data_dir.endswith(".npz") else open_records(cfg)
+        records = npz_records(cfg) if cfg.data_dir.lower().endswith(".npz") else open_records(cfg)
         sets = zip(("training", "validation"), records, (cfg.data_dir, cfg.val_dir or cfg.data_dir))
         train, held = (run.fix_files(*s) for s in sets)
     else:
@@ -326,10 +325,8 @@ def open_data(cfg, run):
     names = json.loads(run.settings.get("settings", {}).get("names") or "[]")
     told = [bool(str(r.get("label") or "").strip()) for r in train if not isinstance(r, str)]
     if any(told) and not all(told):
-        bare = train[told.index(False)]["image"]
-        raise RecipeError(
-            f"{told.count(False)} rows of {cfg.data_dir} have no label, e.g. {bare}: give them one or drop them.", 2
-        )
+        what = f"{told.count(False)} rows of {cfg.data_dir} have no label, e.g. {train[told.index(False)]['image']}"
+        raise RecipeError(f"{what}: give them one or drop them.", 2)
     names = names or sorted({label_of(r) for r in train}, key=natural)
     if len(names) < 2:
         raise RecipeError(f"{cfg.data_dir} has one class to train on, {names[0]!r}: put each class into a folder, or "
@@ -351,9 +348,10 @@ def open_data(cfg, run):
     say(f"{len(data)} images of {len(names)} classes, {counts.min()} ({least}) to {counts.max()} ({most}) each, {where}; "
         f"{len(val)} held out.")  # fmt: skip
     below = {p.name.lower() for p in Path(cfg.data_dir).expanduser().glob("*")} if cfg.data_dir and not cfg.val_dir else set()
-    if "train" in below and (other := below & {"val", "valid", "validation", "test", "heldout"}):
-        say(f"{cfg.data_dir} holds train and {min(other)}, and both are mixed now; to keep them apart: --data_dir "
-            f"{Path(cfg.data_dir) / 'train'} --val_dir {Path(cfg.data_dir) / min(other)}")  # fmt: skip
+    other = next((n for n in ("val", "valid", "validation", "heldout", "test") if n in below), None)
+    if "train" in below and other:
+        say(f"{cfg.data_dir} holds train and {other}, and both are mixed now; to keep them apart: --data_dir "
+            f"{Path(cfg.data_dir) / 'train'} --val_dir {Path(cfg.data_dir) / other}")  # fmt: skip
     if counts.max() > 3 * counts.min() and not cfg.balance:
         say(f"The classes are unequal; if {least!r} matters as much as {most!r}, add --balance.")
     if run.main:
@@ -396,7 +394,7 @@ class Whitened(nn.Conv2d):
     single GPU", 2024). They save the first layers the time in which they would learn the same."""
 
     def __init__(self, stride, filters):
-        super().__init__(3, filters, 2 * stride, stride, stride // 2, bias=False)
+        super().__init__(3, min(filters, 24 * stride**2), 2 * stride, stride, stride // 2, bias=False)
         self.weight.requires_grad_(False)
 
     @torch.no_grad()
@@ -455,7 +453,8 @@ class ConvNeXt(nn.Module):
 
     def __init__(self, channels, blocks, stem):
         super().__init__()
-        self.stem, self.widen, self.norm = Whitened(stem, 48), nn.Linear(48, channels), nn.LayerNorm(channels)
+        self.stem, self.norm = Whitened(stem, 48), nn.LayerNorm(channels)
+        self.widen = nn.Linear(self.stem.out_channels, channels)
         width, layers = channels, []
         for k in range(blocks):
             if k % 2 == 0 and k:
@@ -481,17 +480,27 @@ class Halve(nn.Module):
 
 
 class Net(nn.Module):
-    """Images [n, 3, s, s] in 0..255 -> (embeddings [n, width], scores [n, classes] before softmax)."""
+    """Images [n, 3, s, s] in 0..255 -> (embeddings [n, width], scores [n, classes] before softmax); in eval mode the means over
+    the image and its mirror image where training images are mirrored."""
 
     def __init__(self, cfg, classes):
         super().__init__()
         self.body = {"baseline": Baseline, "convnext": ConvNeXt}[cfg.arch](cfg.base_channels, cfg.num_blocks, cfg.stem)
         self.head, self.loss = nn.Linear(self.body.width, classes, bias=cfg.loss != "arcface"), cfg.loss
+        self.both = cfg.mirrored and cfg.flip != "none"
         self.scale = 1 / 9 if cfg.arch == "baseline" else 1.0  # maxima are large; small scores learn better
         self.register_buffer("mean", torch.full((1, 3, 1, 1), 127.5))
         self.register_buffer("std", torch.full((1, 3, 1, 1), 64.0))
 
     def forward(self, x):
+        e, scores = self.see(x)
+        if self.training or not self.both:
+            return e, scores
+        other, more = self.see(x.flip(3))
+        return (e + other) / 2, (scores + more) / 2
+
+    def see(self, x):
+        """Embeddings and scores of the images as they are."""
         e = self.body((x - self.mean) / self.std).float()
         if self.loss == "arcface":
             with torch.autocast(x.device.type, enabled=False):  # angles in half precision are too coarse
@@ -531,7 +540,7 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             lr, keep, (b1, b2) = group["lr"], group["momentum"], group["betas"]
-            by_shape = {}
+            by_shape, unit = {}, group["kind"] == "unit"
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if group["kind"] == "adam":
@@ -549,11 +558,8 @@ class Muon(torch.optim.Optimizer):
                 wide = x.shape[1] <= x.shape[2]
                 x = self.orthogonal((x if wide else x.mT).to(half)).to(x.dtype)
                 for p, new in zip(same, x if wide else x.mT):
-                    if group["kind"] == "unit":
-                        p.mul_(len(p) ** 0.5 / p.norm())
-                    p.add_(
-                        new.reshape(shape), alpha=-lr * (1 if group["kind"] == "unit" else max(1, len(p) / new.shape[1]) ** 0.5)
-                    )
+                    p.mul_(len(p) ** 0.5 / p.norm()) if unit else None
+                    p.add_(new.reshape(shape), alpha=-lr * (1 if unit else max(1, len(p) / new.shape[1]) ** 0.5))
 
     exact = True  # multiply in the weights' own type; else in bf16
 
@@ -562,20 +568,17 @@ def make_optimizer(net, cfg, run):
     """The optimizer with its state allocated, and its peak rate: `learning_rate`, or the table's scaled to the batch."""
     table, power = RATES[cfg.optimizer]
     peak = cfg.learning_rate or table[cfg.arch] * (run.samples / 256) ** power
-    weights = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    hidden = [p for n, p in weights.items() if n.startswith("body.body") and p.ndim > 1 and ".mix." not in n]
-    matrices = [p for n, p in weights.items() if p.ndim > 1]
-    if cfg.optimizer == "muon":
-        ids = {id(p) for p in hidden}
-        rest = [p for p in weights.values() if id(p) not in ids]
-        kind, other = ("unit", 0.02) if cfg.arch == "baseline" else ("free", 0.03)
-        groups = [{"params": hidden, "kind": kind, "peak": peak}, {"params": rest, "kind": "adam", "peak": other * peak}]
-        opt = Muon(groups, 0.0)
+    muon, groups = cfg.optimizer == "muon", [{"params": [], "peak": peak}, {"params": [], "peak": peak}]
+    for name, p in net.named_parameters():
+        if p.requires_grad:  # matrices (for Muon those of the hidden layers), and the rest
+            first = p.ndim > 1 and (not muon or (name.startswith("body.body") and ".mix." not in name))
+            groups[not first]["params"].append(p)
+    if muon:
+        kind, share = ("unit", 0.02) if cfg.arch == "baseline" else ("free", 0.03)
+        opt = Muon([groups[0] | {"kind": kind}, groups[1] | {"kind": "adam", "peak": share * peak}], 0.0)
         opt.exact = run.dtype is not torch.bfloat16
         return opt, peak
-    ids = {id(p) for p in matrices}
-    groups = [{"params": matrices, "peak": peak, "weight_decay": 0.05 if cfg.optimizer == "adamw" else 5e-4},
-        {"params": [p for p in weights.values() if id(p) not in ids], "peak": peak, "weight_decay": 0.0}]  # fmt: skip
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.05 if cfg.optimizer == "adamw" else 5e-4, 0.0
     if cfg.optimizer == "adamw":
         return with_state(torch.optim.AdamW(groups, 0.0)), peak
     return with_state(torch.optim.SGD(groups, 0.0, momentum=0.9, nesterov=True)), peak
@@ -664,13 +667,13 @@ def separation(x, label, k=5, chunk=1024, check=lambda: None):
     if len(x) < 2:
         return {}
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    x, label = x[order].float(), label.to(x.device)[order]
+    x, label = x[order].float(), label.to(x.device)[order].unique(return_inverse=True)[1]
     x, n = x - x.mean(0), len(x)
     member = F.one_hot(label).float()
     count = member.sum(0)
     most = min(n - 1, max(int(count.max()) - 1, k))
     place, sums, rows = torch.arange(1, most + 1, device=x.device), [], []
-    how = f"{'donot_use' if x.is_cuda else 'use'}_mm_for_euclid_dist{'' if x.is_cuda else '_if_necessary'}"  # TF32 is coarse
+    how = "donot_use_mm_for_euclid_dist" if x.is_cuda else "use_mm_for_euclid_dist_if_necessary"  # TF32 is coarse
     for at in range(0, n, chunk):
         check()
         part, mine = x[at : at + chunk], label[at : at + chunk]
@@ -691,12 +694,11 @@ def separation(x, label, k=5, chunk=1024, check=lambda: None):
     metrics = dict(zip(("map_at_r", "precision_at_1", "knn"), rows[~lone].mean(0).tolist()))
     metrics["knn"] = float(rows[:, 2].mean())
     others = (sums / count).scatter(1, label[:, None], math.inf)
-    others[:, count == 0] = math.inf
     a, b = own / (count[label] - 1).clamp(min=1), others.amin(1)
     metrics["silhouette"] = float(((b - a) / torch.maximum(a, b).clamp(min=1e-12)).masked_fill(lone, 0).mean())
-    centres = (member.T @ x) / count.clamp(min=1)[:, None]
+    centres = (member.T @ x) / count[:, None]
     between, within = (count * centres.square().sum(1)).sum(), (x - centres[label]).square().sum()
-    metrics["fisher"] = float(between / within) if int((count > 0).sum()) > 1 else math.nan
+    metrics["fisher"] = float(between / within) if len(count) > 1 else math.nan
     pairs = (count * (count - 1)).sum()
     metrics |= {"intra": float(own.sum() / pairs), "inter": float((sums.sum() - own.sum()) / (n * (n - 1) - pairs))}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -732,7 +734,7 @@ def assess(parts, val, cfg, run):
         metrics |= separation(val.embedding[order.to(run.device)], val.labels[order], check=run.check)
     metrics = {k: v for k, v in metrics.items() if math.isfinite(v)} | {"metric_seconds": time.monotonic() - start}
     metrics |= parts.times.shares()
-    run.judge("accuracy", metrics, parts.ema.model.state_dict())
+    run.judge("balanced_accuracy" if cfg.balance else "accuracy", metrics, parts.ema.model.state_dict())
     return metrics
 
 
@@ -747,8 +749,9 @@ class Times:
 
     @contextmanager
     def __call__(self, part, sampled=False):
+        every = 16 if sampled and self.run.kind == "cuda" else 1
         self.update += sampled
-        if self.run.planned or (sampled and self.run.kind == "cuda" and self.update % 16):
+        if self.run.planned or self.update % every:
             yield
             return
         wait = torch.cuda.synchronize if self.run.kind == "cuda" else int
@@ -756,8 +759,7 @@ class Times:
         start = time.monotonic()
         yield
         wait()
-        weight = 16 if sampled and self.run.kind == "cuda" else 1
-        self.spent[part] = self.spent.get(part, 0.0) + weight * (time.monotonic() - start)
+        self.spent[part] = self.spent.get(part, 0.0) + every * (time.monotonic() - start)
 
     def batches(self, batches):
         """The batches, with the time that they are waited for."""
@@ -781,19 +783,21 @@ def bottleneck(shares, cfg, resident=True):
     text = ", ".join(f"{k[5:]} {v:.0%}" for k, v in shares.items())
     advice = {
         "data": "Waiting for data costs most that can be changed: "
-        + ("a larger --batch_size." if resident else "--num_workers 8, a smaller --target_size, or files on a local disk."),
-        "augment": "Augmentation costs much: --cutout 0 --zoom 0 are faster.",
+        + (
+            "a larger --batch_size (with --fresh)."
+            if resident
+            else "--num_workers 8, a smaller --target_size, or files on a local disk."
+        ),
+        "augment": "Augmentation costs much: --cutout 0 --zoom 0 (with --fresh) is faster.",
         "metrics": f"Metrics cost much: --metrics_every {2 * cfg.metrics_every}.",
         "pictures": f"Embeddings and pictures cost much: --embed_every {2 * cfg.embed_every}.",
     }
     worst = max(advice, key=lambda k: shares[f"time_{k}"])
     if shares[f"time_{worst}"] > 0.15:
         return f"Time: {text}. {advice[worst]}"
-    cure = "--use_amp, " if cfg.use_amp is False else ""
-    cure += "--arch baseline, " if cfg.arch == "convnext" else ""
-    return (
-        f"Time: {text}. The network itself is what costs: {cure}--base_channels {max(8, cfg.base_channels * 3 // 4)} is faster."
-    )
+    cure = "--use_amp, " * (cfg.use_amp is False) + "--arch baseline, " * (cfg.arch == "convnext")
+    cure += f"--base_channels {max(8, cfg.base_channels * 3 // 4)}"
+    return f"Time: {text}. The network itself is what costs; faster (with --fresh): {cure}."
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -846,13 +850,13 @@ def draw_confusion(table, names, path):
                     color="white" if share[row, column] > 0.5 else "black")  # fmt: skip
             axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
             axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.set(xlabel="said", ylabel="is")
+        axis.set(xlabel="predicted", ylabel="true")
 
     chart(path, (side + 1, side), draw)
 
 
 def suspects(val, names, most=200):
-    """Held-out images that are taken for another class, the surest first, as dicts; `mislabelled` where most of the five
+    """Held-out images that are taken for another class, the surest first, as dicts; `maybe_mislabelled` where most of the five
     nearest other images are of that class too: then the label may be wrong, and not the network."""
     p, label = val.scores.softmax(1).cpu(), val.labels
     top, guess = p.max(1)
@@ -864,7 +868,7 @@ def suspects(val, names, most=200):
         near = near.topk(min(5, len(near) - 1)).indices
         row = {"file": val.name(i), "label": names[label[i]], "said": names[guess[i]], "probability": round(float(top[i]), 4)}
         share = float((label[near] == guess[i]).float().mean()) if len(near) else 0.0
-        rows.append(row | {"mislabelled": int(share > 0.5), "index": i, "near": near.tolist()})
+        rows.append(row | {"maybe_mislabelled": int(share > 0.5), "index": i, "near": near.tolist()})
     return rows
 
 
@@ -873,27 +877,24 @@ def show(parts, val, names, cfg, run):
     classes.csv and errors.csv of the newest."""
     with parts.times("pictures"):
         tag, folder = f"{run.step:06d}", run.folder
-        table = confusion(val.scores.argmax(1).cpu(), val.labels, len(names))
-        auc = areas(val.scores.softmax(1).cpu(), val.labels)
-        arrays = {"embedding": val.embedding.cpu().numpy(), "label": val.labels.numpy(), "classes": np.array(names)}
-        arrays |= {
-            "probability": val.scores.softmax(1).cpu().numpy(),
-            "files": np.array([val.name(i) for i in range(len(val))]),
-        }
+        p, files = val.scores.softmax(1).cpu(), [val.name(i) for i in range(len(val))]
+        table, auc = confusion(p.argmax(1), val.labels, len(names)), areas(p, val.labels).tolist()
+        arrays = {"embedding": val.embedding.cpu().numpy(), "probability": p.numpy(), "label": val.labels.numpy()}
+        arrays |= {"classes": np.array(names), "files": np.array(files)}
         write_aside(folder / f"embeddings-{tag}.npz", lambda f: np.savez_compressed(f, **arrays))
         write_aside(folder / f"scatter-{tag}.png", lambda f: draw_scatter(val.embedding, val.labels, names, f))
         write_aside(folder / f"confusion-{tag}.png", lambda f: draw_confusion(table, names, f))
         said, here, right = table.sum(0).tolist(), table.sum(1).tolist(), table.diagonal().tolist()
-        rows = [[n, here[c], right[c] / here[c] if here[c] else "", right[c] / said[c] if said[c] else "", float(auc[c])]
+        rows = [[n, here[c], right[c] / here[c] if here[c] else "", right[c] / said[c] if said[c] else "", auc[c]]
             for c, n in enumerate(names)]  # fmt: skip
-        worst, keys = suspects(val, names), ["file", "label", "said", "probability", "mislabelled"]
+        worst, keys = suspects(val, names), ["file", "label", "said", "probability", "maybe_mislabelled"]
         if run.step:  # the tables carry no update in their names
             write_csv(folder / "classes.csv", ["class", "images", "recall", "precision", "auc"], rows)
             write_csv(folder / "errors.csv", keys, [[row[k] for k in keys] for row in worst])
         if worst:
             cells = [[*val.take([row["index"], *row["near"]]).cpu().numpy()] for row in worst[:16]]
-            texts = [f"{row['label']}: {row['said']} {row['probability']:.0%}" + ", label wrong?" * row["mislabelled"]
-                for row in worst[:16]]  # fmt: skip
+            texts = [f"is {r['label']}, said {r['said']} {r['probability']:.0%}" + ", wrong label?" * r["maybe_mislabelled"]
+                for r in worst[:16]]  # fmt: skip
             sheet = picture(cells, ["image"] + ["nearest"] * (len(cells[0]) - 1), max(1, 64 // cfg.target_size), texts)
             write_aside(folder / f"errors-{tag}.png", lambda f: sheet.save(f, "PNG"))
 
@@ -928,12 +929,8 @@ def prepare(parts, data, cfg, run):
         share = torch.bincount(data.labels, minlength=len(parts.prior)).double() / len(data)
         parts.prior = share.clamp(min=1e-9).log().float().to(run.device)
     if run.saved < 0:
-        x = (
-            data.take(evenly(len(data), max(16, min(2000, 2**21 // cfg.target_size**2))))
-            .to(run.device)
-            .permute(0, 3, 1, 2)
-            .float()
-        )
+        few = evenly(len(data), max(16, min(2000, 2**21 // cfg.target_size**2)))
+        x = data.take(few).to(run.device).permute(0, 3, 1, 2).float()
         for net in (parts.model, parts.ema.model):
             net.mean.copy_(x.mean((0, 2, 3), keepdim=True))
             net.std.copy_(x.std((0, 2, 3), keepdim=True).clamp(min=1))
@@ -994,7 +991,7 @@ def export(parts, names, cfg, folder):
         warnings.simplefilter("ignore")  # the exporter that writes one file is called deprecated
         torch.onnx.export(
             whole, (x,), memory, dynamo=False, opset_version=17, input_names=["image"],
-            output_names=["embedding", "probability"], 
+            output_names=["embedding", "probability"],
             dynamic_axes=dict.fromkeys(("image", "embedding", "probability"), {0: "n"}),
         )  # fmt: skip
 
@@ -1018,28 +1015,25 @@ def wrap_up(parts, val, names, cfg, run):
                 try:
                     export(parts, names, cfg, run.folder if run.over else Path(aside))
                 except RecipeError as e:  # found in the rehearsal it ends the run, and later costs the file alone
-                    say(str(e)) if run.over else None
                     if not run.over:
                         raise
+                    say(str(e))
     return metrics
 
 
 def summary(metrics):
     """The figures in one line."""
-    text = "accuracy {accuracy:.1%}, macro AUC {macro_auc:.3f}, ECE {ece:.3f}; embeddings: "
-    named = {"map_at_r": "MAP@R", "knn": "5-NN", "silhouette": "silhouette", "fisher": "Fisher"}
-    known = {"macro_auc": math.nan} | metrics
-    return (
-        text.format(**known)
-        + ", ".join(f"{n} {metrics[k]:.3f}" for k, n in named.items() if k in metrics)
-        + (f" ({metrics['metric_seconds']:.1f} s)")
-    )
+    named = {"macro_auc": "macro AUC", "ece": "ECE", "map_at_r": "embeddings: MAP@R", "knn": "5-NN", "silhouette": "silhouette"}
+    figures = [f"{n} {metrics[k]:.3f}" for k, n in (named | {"fisher": "Fisher"}).items() if k in metrics]
+    return f"accuracy {metrics['accuracy']:.1%}, {', '.join(figures)} ({metrics['metric_seconds']:.1f} s)"
 
 
 def verdict(metrics, classes):
     """One line at 5 % of the run: does it learn?"""
-    text = f"5 % of the run: {metrics['balanced_accuracy']:.0%} of a class are right, where guessing gives {1 / classes:.0%}"
-    if metrics["balanced_accuracy"] > 1.5 / classes:
+    text = (
+        f"5 % of the run: on average {metrics['balanced_accuracy']:.0%} of a class is right; guessing gives {1 / classes:.0%}"
+    )
+    if metrics["balanced_accuracy"] > min(1.5 / classes, 0.8 / classes + 0.2):
         return text + ": it learns."
     return text + ". If it stays so: does each row of data.png show one class? If so, try a third of the learning rate."
 
@@ -1052,7 +1046,7 @@ def train(cfg):
         parts = build(cfg, run)
         run.resume(parts, data)
         if run.finished:
-            say(f"Finished before: {run.finished}. A longer --num_epochs or --time_budget continues it, --fresh starts over.")
+            say(f"Finished before: {summary(run.finished)}. More --num_epochs or --time_budget continue it.")
             return run.finished
         prepare(parts, data, cfg, run)
         weights = sum(p.numel() for p in parts.model.parameters()) / 1e6
@@ -1068,10 +1062,10 @@ def train(cfg):
             passed = [every for every in (cfg.metrics_every, cfg.embed_every) if now // every > before // every]
             if not (run.over or run.hurried) and (passed or run.due(every=0.2, at=(0.05,))):
                 metrics = assess(parts, val, cfg, run)
-                say(f"epoch {now:.0f}: {summary(metrics)}")
+                say(f"epoch {now:.1f}: {summary(metrics)}")
                 if run.due(at=(0.05,)):
                     say(verdict(metrics, len(names)))
-                if cfg.embed_every in passed:
+                if cfg.embed_every in passed and parts.times.shares()["time_pictures"] < 0.1:
                     run.write(lambda: show(parts, val, names, cfg, run))
         shares, steps = parts.times.shares(), run.step - run.first
         busy = (time.monotonic() - parts.times.start) * (1 - shares["time_metrics"] - shares["time_pictures"])
@@ -1112,7 +1106,7 @@ def load(run_dir, device="cpu"):
         state = load_tensors(path)
         net.load_state_dict(state if done else state["model"])
     except (*UNREADABLE, RuntimeError, KeyError, zipfile.BadZipFile) as e:
-        raise RecipeError(f"{path} holds no network of this run ({str(e).splitlines()[0][:120]}).", 2) from None
+        raise RecipeError(f"{path} holds no network of this run ({str(e)[:120]}).", 2) from None
     if not done:
         say(f"The run in {run_dir} has not finished; these are its best weights so far, of update {state['step']}.")
     return Finished(net, names, cfg).to(device).eval()
@@ -1132,7 +1126,7 @@ def embed(cfg):
         given = []
         for path in files[at : at + group]:
             try:
-                given.append((path, read_square(path, model.size)))
+                given.append((path, load_picture({"image": path}, model.size)))
             except UNREADABLE as e:
                 say(f"Left out {path}: {e}")
         if given:
@@ -1153,14 +1147,6 @@ def embed(cfg):
     return rows
 
 
-def read_square(path, size):
-    """A picture as a trained net takes it: uint8 [size, size, 3]."""
-    return load_picture({"image": path}, size)
-
-
-FORMS = [(arch, amp) for arch in ("baseline", "convnext") for amp in (False, True)]
-
-
 def compare(cfg):
     """Train baseline and convnext in fp32 and half precision, each in a run and process of its own and for the same time;
     writes comparison.csv and comparison.png beside their folders and returns the rows."""
@@ -1172,18 +1158,17 @@ def compare(cfg):
     given = {k: getattr(cfg, k) for k in fields if k in getattr(cfg, "given", changed) and k not in own}
     if not cfg.time_budget and not {"num_epochs", "num_steps"} & set(given):
         given["time_budget"] = "3m"
-    say(f"Four runs of {given.get('time_budget') or 'one length'} each; their folders are in {top}")
+    say(f"Four runs, each {given.get('time_budget') or 'as long as the flags say'}; their folders are in {top}")
     rows = []
-    for arch, amp in FORMS:
+    for arch, amp in (("baseline", False), ("baseline", True), ("convnext", False), ("convnext", True)):
         name = f"{arch}-{'amp' if amp else 'fp32'}"
-        words = [f"--{k}={int(v) if isinstance(v, bool) else v}" for k, v in given.items()]
-        words += [f"--arch={arch}", f"--use_amp={int(amp)}", f"--out_dir={top / name}"]
-        say(f"--- {name}: python train_convnext.py {shlex.join(words)}")
+        mine = given | {"arch": arch, "use_amp": amp, "out_dir": str(top / name)}
+        words = [f"--{k}={int(v) if isinstance(v, bool) else v}" for k, v in mine.items()]
+        say(f"--- {name}: {shlex.join(words)}")
         if globals().get("__file__") and "ipykernel" not in sys.modules:
             metrics = in_process([sys.executable, os.path.abspath(__file__), *words], top / name)
         else:  # a notebook cell; a process's greatest RAM never falls, so that it tells nothing here
-            same = {"stem": 0} | given | {"arch": arch, "use_amp": amp, "out_dir": str(top / name), "compare": False}
-            metrics = train(dataclasses.replace(cfg, **same))
+            metrics = train(dataclasses.replace(cfg, **{"stem": 0} | mine | {"compare": False}))
             metrics["peak_memory_gib"] = metrics["peak_memory_gib"] if torch.cuda.is_available() else math.nan
         rows.append({"run": name} | {k: metrics.get(k, math.nan) for k in COLUMNS})
     lines = [[r["run"], *(form.format(r[k]) for k, (_, form) in COLUMNS.items())] for r in rows]
@@ -1199,16 +1184,21 @@ def compare(cfg):
 def in_process(words, folder):
     """Train in a process of its own; returns its metrics. RecipeError where it was stopped: it has saved, and goes on later."""
     child = subprocess.Popen(words)
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    wanted = {"SIGINT": lambda *_: None, "SIGTERM": lambda n, _: child.send_signal(n)}  # a terminal's Ctrl-C reaches it anyway
+    wanted["SIGUSR1"] = wanted["SIGTERM"]
+    before = {n: signal.signal(n, f) for n, f in ((getattr(signal, k, None), f) for k, f in wanted.items()) if n}
     try:
-        while child.returncode is None:
-            with suppress(KeyboardInterrupt):  # the child has it too, and saves
-                child.wait()
+        child.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     metrics = read_json(folder / "metrics.json")
-    if child.returncode or not metrics:
-        raise RecipeError("This run ended early; the same command, without --fresh, goes on from it.", child.returncode or 1)
+    if child.returncode in (0, 1, 2) and not (metrics and child.returncode == 0):
+        raise RecipeError(
+            f"The run in {folder} did not come to its end, as said above; mend that and run the same command again."
+        )
+    if child.returncode:
+        raise RecipeError("Stopped and saved; the same command, without --fresh, goes on from it.", child.returncode)
     return metrics
 
 
@@ -1230,6 +1220,8 @@ def draw_table(head, lines, path):
 
 def begin(cfg):
     """What the flags ask for."""
+    if (cfg.compare or cfg.embed) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RecipeError("--compare and --embed take one process: start them with python, not torchrun.", 2)
     return compare(cfg) if cfg.compare else embed(cfg) if cfg.embed else train(cfg)
 
 

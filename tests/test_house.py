@@ -64,9 +64,10 @@ def test_sizes():
 
 
 # the plan says 600, and 450 for latent diffusion; they may only fall. NextDiT's three scripts hold the same 430 lines of model,
-# data and figures; latent diffusion holds a VAE, a UNet, a sampler and a classifier that judges
+# data and figures; latent diffusion holds a VAE, a UNet, a sampler and a classifier that judges; the classifier's script reads
+# .npz, trains two networks with three losses, and has metrics, pictures and the comparison
 LIMITS = {"common": 1244, "train_realesrgan_optimized": 864, "train_latent_cfg": 839}
-LIMITS |= {"train_nextdit_fast": 710, "train_nextdit_ultrafast": 675, "finetune_pretrained": 876}
+LIMITS |= {"train_nextdit_fast": 710, "train_nextdit_ultrafast": 675, "finetune_pretrained": 876, "train_convnext": 926}
 
 
 def test_public_functions_say_what_they_do():
@@ -219,6 +220,31 @@ def test_the_figures_of_latent_diffusion_are_the_measured_ones():
     docstring = (ROOT / "train_latent_cfg.py").read_text(encoding="utf-8").split('"""')[1].partition("Measured")[2]
     claims = {f.replace(" ", "") for f in re.findall(r"(?<![\d.])0\.\d+|\d+ %|\d\.\d\d(?![.\d])", docstring)}
     assert len(claims) >= 4 and claims <= known, claims - known
+
+
+def test_the_figures_of_the_classifier_are_the_measured_ones():
+    """Every decimal in the tables and in the docstring stands in a file under benchmarks/results."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Classes told apart")[1].split("\n## ")[0]
+    names = ("cifar", "reach", "speed")
+    files = {n: json.loads((ROOT / "benchmarks" / "results" / f"convnext_{n}_cpu2.json").read_text()) for n in names}
+    runs = [*files["cifar"]["runs"].values(), *files["cifar"]["compare"]]
+    known = {f"{r['accuracy']:.1%}" for r in runs} | {f"{r['accuracy']:.1%}" for r in files["reach"]["rows"].values()}
+    known |= {f"{r[k]:.3f}" for r in runs for k in r if k in ("map_at_r", "knn", "silhouette", "fisher", "ece", "macro_auc")}
+    known |= {f"{r[k]:.2f}" for r in runs for k in ("seconds_per_epoch", "peak_memory_gib")}
+    known |= {f"{r['seconds']:.1f}" for r in files["reach"]["rows"].values()}
+    best = {n: r["seconds"] for n, r in files["reach"]["rows"].items() if r["accuracy"] >= files["reach"]["goal"]}
+    ours = min(v for n, v in best.items() if "recipe" in n)
+    known |= {f"{v / ours:.1f}" for v in best.values()}
+    for row in files["speed"]["rows"]:
+        for name, ms in row["ms_per_update"].items():
+            known |= {f"{ms:.1f}", f"{row['ms_per_update'][name.split(',')[0] + ', fp32'] / ms:.2f}"}
+        known |= {f"{n / 1e6:.2f}" for n in row["weights"].values()}
+    tables = [part for part in section.split("\n\n") if part.startswith("| ") and "the guide" not in part]
+    found = {f.replace(" ", "") for t in tables for f in re.findall(r"\d+\.\d+(?: ?%)?", t)}
+    assert len(tables) == 4 and len(found) > 40 and found <= known, found - known
+    docstring = (ROOT / "train_convnext.py").read_text(encoding="utf-8").split('"""')[1].partition("Measured")[2]
+    claims = {f.replace(" ", "") for f in re.findall(r"(?<![\d.])\d+\.\d(?: %|(?= times))", docstring)}
+    assert len(claims) >= 3 and claims <= known, claims - known
 
 
 LATENT = ("grocery", "choices", "speed")
