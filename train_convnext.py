@@ -7,6 +7,10 @@
 python train_convnext.py --use_amp --data_dir DATA --time_budget 10m   # DATA/<class>/*.jpg, a CSV, or an .npz
 python train_convnext.py                                               # try it out on built-in shapes
 python train_convnext.py --embed PICTURE_OR_FOLDER                     # predictions and embeddings of new images
+
+Measured (two cores of an AMD EPYC with AVX512-BF16, torch 2.13.0, 2026-11-21; not yet on a GPU), on 10,000 images of CIFAR-10
+and 2,000 held-out ones: after 10 minutes the baseline is right on 84.0 %, ConvNeXt on 75.3 %; after 3 minutes on 81.5 % and
+69.5 %, in fp32 on 79.6 % and 67.3 %. On sets of this size take --arch baseline; --compare tells it for yours.
 """
 
 import copy
@@ -104,6 +108,8 @@ def settle(cfg):
         count, side = glance(cfg)
         cfg.target_size = cfg.target_size or side
         cfg.batch_size = cfg.batch_size or min(1024, max(32, 2 ** int(math.log2(max(count, 1) / 40))))
+    if cfg.num_epochs == Config.num_epochs and not (cfg.data_dir or cfg.time_budget or cfg.deadline or cfg.num_steps):
+        cfg.num_epochs = 15.0  # enough for the built-in shapes
     small, s = (1, 2) if cfg.arch == "baseline" else (2, 4), cfg.target_size
     cfg.stem = cfg.stem or (small[0] if s <= 48 else small[1] if s <= 96 else 4)
     if cfg.loss != "ce" and cfg.mixup:
@@ -1060,7 +1066,8 @@ def train(cfg):
             run.advance(train_step(parts, batch, cfg, run))
             now = run.step * run.samples / len(data)
             passed = [every for every in (cfg.metrics_every, cfg.embed_every) if now // every > before // every]
-            if not (run.over or run.hurried) and (passed or run.due(every=0.2, at=(0.05,))):
+            often = run.world == 1 and parts.times.shares()["time_metrics"] > 0.1  # in a short run
+            if not (run.over or run.hurried) and (passed or run.due(every=math.inf if often else 0.2, at=(0.05,))):
                 metrics = assess(parts, val, cfg, run)
                 say(f"epoch {now:.1f}: {summary(metrics)}")
                 if run.due(at=(0.05,)):

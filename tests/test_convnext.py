@@ -406,6 +406,12 @@ def test_settings_follow_the_data(config, folder):
             config(**changes)
 
 
+@pytest.mark.parametrize("images, batch", [(60, 32), (10_000, 128), (50_000, 1024), (10**6, 1024)])
+def test_the_batch_grows_with_the_set(images, batch, monkeypatch):
+    monkeypatch.setattr(recipe, "glance", lambda cfg: (images, 32))
+    assert recipe.Config().batch_size == batch and recipe.Config(batch_size=7).batch_size == 7
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 def npz(path, gray=False, **more):
     """An .npz as MedMNIST's: labels [n, 1]."""
