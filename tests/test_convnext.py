@@ -374,8 +374,8 @@ def test_the_prior_is_the_share_of_each_class(config, folder):
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, capability", [("cpu", (0, 0)), ("cuda", (7, 5)), ("cuda", (8, 0))])
-@pytest.mark.parametrize("changes", [{}, {"loss": "supcon"}, {"arch": "baseline"}, {"optimizer": "adamw"}], ids=str)
+@pytest.mark.parametrize("kind, capability", [("cpu", (0, 0)), ("cuda", (7, 5))])
+@pytest.mark.parametrize("changes", [{"loss": "supcon"}, {"arch": "baseline"}], ids=str)
 def test_the_contract_runs_on_fake_tensors(changes, kind, capability, config):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
