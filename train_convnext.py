@@ -82,7 +82,7 @@ class Config(Settings):
     optimizer: str = opt("muon", "what updates the weights", fixed=True, choices=("muon", "adamw", "sgd"))
     target_size: int = opt(0, "image size in pixels; 0: the data's, 128 at most", fixed=True, everyday=True, low=0)
     batch_size: int = opt(0, "images per forward pass and process; 0: 32 to 1024, by their number", everyday=True, low=0)
-    num_epochs: float = opt(40.0, "length of the run in passes over the data", everyday=True, low=0)
+    num_epochs: float = opt(0.0, "length of the run in passes over the data; 0: 40, built-in shapes 15", everyday=True, low=0)
     learning_rate: float = opt(0.0, "peak learning rate; 0: by optimizer and samples per update", fixed=True, low=0)
     flip: str = opt("h", "mirror training images: horizontally, both ways", fixed=True, choices=("none", "h", "hv"))
     shift: float = opt(0.1, "move training images by up to this share of their side", fixed=True, low=0, high=0.5)
@@ -108,8 +108,8 @@ def settle(cfg):
         count, side = glance(cfg)
         cfg.target_size = cfg.target_size or side
         cfg.batch_size = cfg.batch_size or min(1024, max(32, 2 ** int(math.log2(max(count, 1) / 40))))
-    if cfg.num_epochs == Config.num_epochs and not (cfg.data_dir or cfg.time_budget or cfg.deadline or cfg.num_steps):
-        cfg.num_epochs = 15.0  # enough for the built-in shapes
+    if not (cfg.num_epochs or cfg.time_budget or cfg.deadline or cfg.num_steps):
+        cfg.num_epochs = 40.0 if cfg.data_dir else 15.0
     small, s = (1, 2) if cfg.arch == "baseline" else (2, 4), cfg.target_size
     cfg.stem = cfg.stem or (small[0] if s <= 48 else small[1] if s <= 96 else 4)
     if cfg.loss != "ce" and cfg.mixup:
@@ -454,8 +454,8 @@ class Block(nn.Module):
 
 class ConvNeXt(nn.Module):
     """[n, 3, s, s] -> [n, width]: blocks on positions of `stem` pixels; the third, fifth, ... works at half the side and twice
-    the width of the one before it. The first layer sees overlapping patches through `Whitened` filters: a patch layer that
-    learns, as in the paper, is several points worse on small sets."""
+    the width of the one before it. The first layer sees overlapping patches through `Whitened` filters; with the paper's
+    patch layer, which learns, 10,000 images of CIFAR-10 were at 54 instead of 61 % after some 190 updates."""
 
     def __init__(self, channels, blocks, stem):
         super().__init__()
@@ -1160,7 +1160,7 @@ def compare(cfg):
     if cfg.deadline or cfg.session_limit:
         raise RecipeError("--compare runs four times: give --time_budget for each, not --deadline or --session_limit.", 2)
     top, fields = Path(cfg.out_dir or f"results/{RECIPE}-compare").expanduser(), Config.__dataclass_fields__
-    changed = {k for k in fields if getattr(cfg, k) != getattr(Config, k)} - {"target_size", "batch_size", "stem"}
+    changed = {k for k in fields if getattr(cfg, k) != getattr(Config, k)} - {"target_size", "batch_size", "stem", "num_epochs"}
     own = {"compare", "embed", "out_dir", "arch", "use_amp", "names"}
     given = {k: getattr(cfg, k) for k in fields if k in getattr(cfg, "given", changed) and k not in own}
     if not cfg.time_budget and not {"num_epochs", "num_steps"} & set(given):
@@ -1199,13 +1199,11 @@ def in_process(words, folder):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    metrics = read_json(folder / "metrics.json")
-    if child.returncode in (0, 1, 2) and not (metrics and child.returncode == 0):
-        raise RecipeError(
-            f"The run in {folder} did not come to its end, as said above; mend that and run the same command again."
-        )
-    if child.returncode:
+    if child.returncode in (130, 138, 143):
         raise RecipeError("Stopped and saved; the same command, without --fresh, goes on from it.", child.returncode)
+    metrics = read_json(folder / "metrics.json")
+    if child.returncode or not metrics:
+        raise RecipeError(f"The run in {folder} ended early, as said above; mend that and run the same command again.")
     return metrics
 
 

@@ -406,6 +406,12 @@ def test_settings_follow_the_data(config, folder):
             config(**changes)
 
 
+def test_a_length_that_is_given_counts(tmp_path):
+    length = lambda **words: recipe.Config(target_size=16, batch_size=4, **words).num_epochs  # noqa: E731
+    assert (length(), length(data_dir=str(tmp_path)), length(num_epochs=40)) == (15, 40, 40)
+    assert length(time_budget="1m") == length(num_steps=3) == 0  # so that the clock, or the steps, end the run
+
+
 @pytest.mark.parametrize("images, batch", [(60, 32), (10_000, 128), (50_000, 1024), (10**6, 1024)])
 def test_the_batch_grows_with_the_set(images, batch, monkeypatch):
     monkeypatch.setattr(recipe, "glance", lambda cfg: (images, 32))
