@@ -569,13 +569,14 @@ def read_image(path):
         return np.array(image.convert("L") if image.mode in "1L" else image)
 
 
-def find_images(folder, what="images"):
-    """Image files below `folder`, sorted. RecipeError says what was searched, what is there, and the nearest images."""
+def find_images(folder, what="images", types=IMAGE_TYPES):
+    """Files below `folder` that end in one of `types`, sorted. RecipeError says what was searched, what is there, and the
+    nearest ones."""
     folder = Path(folder).expanduser()
     if folder.is_file():
         raise RecipeError(f"{folder} is a file; give the folder that holds the {what}, or a .csv list of them.", 2)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    images = [p for p in files if p.suffix.lower() in IMAGE_TYPES]
+    images = [p for p in files if p.name.lower().endswith(types)]
     if images:
         return images
     kinds = [p.suffix.lower() or "without a suffix" for p in files]
@@ -585,11 +586,11 @@ def find_images(folder, what="images"):
         message += " DICOM is not read: convert slices to PNG with pydicom, volumes to .nii.gz with dcm2niix."
     home = next(p for p in folder.absolute().parents if p.is_dir())
     around = itertools.islice((p for pattern in ("*", "*/*", "*/*/*") for p in home.glob(pattern)), 20000)  # not all of "/"
-    near = [p.parent for p in around if p.suffix.lower() in IMAGE_TYPES]
+    near = [p.parent for p in around if p.name.lower().endswith(types)]
     if near:
         near = max(near, key=lambda p: difflib.SequenceMatcher(None, p.name, folder.name).ratio())
-        message += f" The nearest folder with images is {near}."
-    raise RecipeError(f"{message} Images end in {' '.join(IMAGE_TYPES)}.", 2)
+        message += f" The nearest folder with such files is {near}."
+    raise RecipeError(f"{message} They end in {' '.join(types)}.", 2)
 
 
 def read_table(path):
@@ -606,8 +607,8 @@ def read_table(path):
     return [r | {k: path.parent / r[k] for k in ("image", "mask") if r.get(k)} for r in rows if r["image"]]
 
 
-def open_records(cfg):
-    """(training records, validation records): dicts with `image` and whatever other columns the CSV has.
+def open_records(cfg, types=IMAGE_TYPES):
+    """(training records, validation records): dicts with `image` and whatever other columns the CSV has; files end in `types`.
 
     `data_dir` and `val_dir` are folders or CSVs; of a folder with images/ in it, that, and its masks/ go with them where
     the recipe has a `mask_dir`. Without a `val_dir` the CSV's split column decides (val..., test against the rest), else a
@@ -621,7 +622,7 @@ def open_records(cfg):
         below = {p.name.lower(): p for p in sorted(root.iterdir()) if p.is_dir()} if root.is_dir() else {}
         inside = below.get("images", root)
         masks = Path(masks).expanduser() if masks else below.get("masks")
-        images = [p for p in find_images(inside, what) if not masks or masks.absolute() not in p.absolute().parents]
+        images = [p for p in find_images(inside, what, types) if not masks or masks.absolute() not in p.absolute().parents]
         return pair_masks(images, masks, inside) if masks and hasattr(cfg, "mask_dir") else [{"image": p} for p in images]
 
     train = listed(cfg.data_dir, "training images", getattr(cfg, "mask_dir", ""))

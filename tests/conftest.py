@@ -15,6 +15,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
 TINY = ["--target_size", "24", "--batch_size", "3", "--num_steps", "9", "--no-use_amp", "--device", "cpu"]
 
 
@@ -90,6 +92,18 @@ def checkpoint(folder, name="last.pt"):
     return torch.load(Path(folder) / name, weights_only=True)
 
 
+def stop_after(monkeypatch, k):
+    """Have every run of this process asked to stop when k updates are done."""
+    advance = common.Run.advance
+
+    def stopping(run, losses):
+        advance(run, losses)
+        if run.step == k:
+            run.asked = "SIGTERM"
+
+    monkeypatch.setattr(common.Run, "advance", stopping)
+
+
 def command(*words, recipe="train_ultrafast_srcnn", drive=None):
     """The command line that runs a recipe, as its users do, or through drive.py with faults put in."""
     if drive is None:
@@ -119,3 +133,25 @@ def run(words, cwd=None, timeout=120, **changes):
         encoding="utf-8",
         errors="replace",
     )
+
+
+def slowness():
+    """How many times longer than on the machine of the README's figures a fixed piece of training takes here and now, at least
+    1: a bound in seconds that was met there holds anywhere once it is multiplied by this."""
+    done = run([sys.executable, "-c", YARDSTICK], OMP_NUM_THREADS="2")
+    return max(1.0, float(done.stdout) / YARDSTICK_SECONDS)
+
+
+YARDSTICK_SECONDS = 1.0  # what it took there
+YARDSTICK = """
+import time, torch
+torch.set_num_threads(2)
+net = torch.nn.Sequential(*[torch.nn.Conv2d(64, 64, 3, padding=1) for _ in range(4)])
+x, spent = torch.randn(32, 64, 32, 32), []
+for half in (False, True) * 10:
+    start = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        net(x).square().mean().backward()
+    spent.append(time.perf_counter() - start)
+print(sum(sorted(spent)[:16]))
+"""

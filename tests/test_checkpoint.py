@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import TINY, checkpoint, command, environment, run, same
+from conftest import TINY, checkpoint, command, environment, run, same, stop_after
 
 import common
-from common import RecipeError, Run, Stopped, Stream, load_tensors, mix, save_tensors, uniforms, write_aside
+from common import RecipeError, Stopped, Stream, load_tensors, mix, save_tensors, uniforms, write_aside
 
 
 def compare_runs(a, b):
@@ -26,17 +26,6 @@ def compare_runs(a, b):
     same(x["parts"], y["parts"])
     assert (x["step"], x["best"], x["progress"]) == (y["step"], y["best"], y["progress"])
     same(checkpoint(a, "best.pt")["model"], checkpoint(b, "best.pt")["model"])
-
-
-def stop_after(monkeypatch, k):
-    advance = Run.advance
-
-    def stopping(run, losses):
-        advance(run, losses)
-        if run.step == k:
-            run.asked = "SIGTERM"
-
-    monkeypatch.setattr(Run, "advance", stopping)
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------

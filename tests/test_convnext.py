@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, ROOT, checkpoint, run, same
+from conftest import REAL, ROOT, checkpoint, run, same, slowness, stop_after
 from PIL import Image
 
 import common
@@ -673,14 +673,8 @@ def test_each_network_and_optimizer_continues_bit_for_bit(arch, optimizer, confi
         return config(**words, out_dir=str(tmp_path / name))
 
     recipe.train(cfg("whole"))
-    advance = common.Run.advance
-
-    def stopping(run_, losses):
-        advance(run_, losses)
-        run_.asked = "SIGTERM" if run_.step == 2 else run_.asked
-
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "advance", stopping)
+        stop_after(patch, 2)
         with pytest.raises(common.Stopped, match="after update 2, which is saved"):
             recipe.train(cfg("run"))
     recipe.train(cfg("run"))
@@ -704,20 +698,21 @@ def test_no_data_in_ninety_seconds(tmp_path):
     start = time.monotonic()
     words = [sys.executable, str(ROOT / "train_convnext.py"), "--use_amp", "--out_dir", str(tmp_path / "run")]
     done = run(words, OMP_NUM_THREADS="2", timeout=300)
-    assert done.returncode == 0 and time.monotonic() - start < 90, done.stderr
+    assert done.returncode == 0 and time.monotonic() - start < 90 * slowness(), done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.9 and list((tmp_path / "run").glob("scatter-*.png"))
 
 
 @pytest.mark.slow
 def test_seventy_percent_in_a_minute(tmp_path):
+    """As many updates as a minute's run of the README has, so that the accuracy does not hang on the machine's speed."""
     import time
 
     if not (REAL / "cifar10_10k_2k.npz").exists():
         pytest.skip("shared/data is not here")
     start = time.monotonic()
-    words = [sys.executable, str(ROOT / "train_convnext.py"), "--use_amp", "--arch", "baseline", "--time_budget", "55s"]
+    words = [sys.executable, str(ROOT / "train_convnext.py"), "--use_amp", "--arch", "baseline", "--num_steps", "240"]
     words += ["--data_dir", str(REAL / "cifar10_10k_2k.npz"), "--out_dir", str(tmp_path / "run")]
     done = run(words, OMP_NUM_THREADS="2", timeout=300)
-    assert done.returncode == 0 and time.monotonic() - start < 60, done.stderr
+    assert done.returncode == 0 and time.monotonic() - start < 60 * slowness(), done.stderr
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["accuracy"] > 0.7

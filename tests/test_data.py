@@ -113,7 +113,7 @@ def test_wrong_folders_are_sentences(tmp_path, case):
     place = tmp_path / "data" / "photo"
     expected = []
     if case == "missing":
-        expected = [str(place), "no such folder", f"nearest folder with images is {photos}"]
+        expected = [str(place), "no such folder", f"nearest folder with such files is {photos}"]
     elif case == "file":
         place = photos / "a.png"
         expected = ["is a file", "give the folder"]

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, checkpoint, command, environment, run, same
+from conftest import REAL, checkpoint, command, environment, run, same, slowness, stop_after
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import common
 import train_realesrgan_optimized as recipe
-from common import RecipeError, Run
+from common import RecipeError, Run, Stopped
 
 QUIET = types.SimpleNamespace(check=lambda: None)
 
@@ -636,7 +636,7 @@ def quick(monkeypatch, tmp_path):
     """quick(**settings) -> metrics of a run of the recipe in this process, on eight textures and without exports."""
     monkeypatch.setattr(recipe, "BUILT_IN", 8)
     monkeypatch.setattr(recipe, "export", lambda *a: None)
-    return lambda **more: recipe.train(recipe.Config(out_dir=str(tmp_path / "run"), **SMALL | more))
+    return lambda **more: recipe.train(recipe.Config(**{"out_dir": str(tmp_path / "run")} | SMALL | more))
 
 
 def test_weights_to_start_from_reach_model_and_average(quick, tmp_path):
@@ -713,17 +713,16 @@ def test_patience_ends_a_run_early(quick, monkeypatch):
     assert quick(num_steps=40, val_epochs=0.0, patience=2)["steps"] < 12
 
 
-def test_a_run_stopped_in_the_second_stage_continues_bit_for_bit(tmp_path):
-    words = (
-        "--target_size 32 --batch_size 2 --num_steps 6 --gan --gan_share 0.5 --val_images 1 --no-use_amp --device cpu".split()
-    )
+def test_a_run_stopped_in_the_second_stage_continues_bit_for_bit(quick, tmp_path, monkeypatch):
+    def go(name):
+        quick(target_size=32, batch_size=2, num_steps=6, gan=True, gan_share=0.5, val_images=1, out_dir=str(tmp_path / name))
 
-    def go(name, **faults):
-        line = command(*words, "--out_dir", tmp_path / name, recipe="train_realesrgan_optimized", drive=faults)
-        return run(line).returncode
-
-    assert (go("whole"), go("cut", stop_at=5)) == (0, 143) and checkpoint(tmp_path / "cut")["step"] == 5
-    assert go("cut") == 0
+    go("whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped, match="after update 5, which is saved"):
+            go("cut")
+    go("cut")
     same(checkpoint(tmp_path / "whole")["parts"], checkpoint(tmp_path / "cut")["parts"])
 
 
@@ -887,7 +886,7 @@ def test_without_data_it_beats_bicubic_within_two_minutes(tmp_path):
     start = time.monotonic()
     line = command("--out_dir", tmp_path / "run", "--device", "cpu", recipe="train_realesrgan_optimized")
     done = run(line, timeout=300, OMP_NUM_THREADS="2")
-    assert done.returncode == 0 and time.monotonic() - start < 120, done.stderr
+    assert done.returncode == 0 and time.monotonic() - start < 120 * slowness(), done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["psnr"] > metrics["psnr_bicubic"] + 0.1
 

@@ -1,0 +1,903 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy", "pillow", "filelock", "tqdm", "tensorboard", "matplotlib", "monai", "einops", "nibabel"]
+# ///
+"""Train MONAI's AutoencoderKL on 3-D scans, for latents or reconstructions, by your deadline and in the memory you have.
+
+python train_autoencoder3d.py --data_dir scans --time_budget 2h    # .nii, .nii.gz or .npy, a folder or a CSV
+python train_autoencoder3d.py                                      # try it out on built-in phantoms
+python train_autoencoder3d.py --reconstruct scan.nii.gz            # also --encode scan.nii.gz, --decode scan-latent.npz
+"""
+
+import contextlib
+import functools
+import math
+import re
+import tempfile
+import time
+import types
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from common import (  # isort: skip
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, load_tensors, main, mix, open_records, opt,
+        picture, read_json, save_tensors, say, uniforms, with_state, write_aside,
+    )  # fmt: skip
+except ImportError as e:
+    if e.name != "common":
+        raise
+    raise SystemExit(
+        "This script needs common.py: copy it beside the script, or make one file of both: "
+        "python tools/bundle.py train_autoencoder3d.py"
+    ) from e
+
+RECIPE = "autoencoder3d"
+VOLUMES = (".nii", ".nii.gz", ".npy")
+CROPS = 8  # crops of a scan that make an epoch
+BUILT_IN = 24  # built-in phantoms to train on
+GAIN = 1
+CONTENT = 0.25  # a training crop has this share of voxels above 0.05, where some tries find one
+PRESETS = {  # the guide's configurations A, B and C with checkpointing where they need it, and a smaller one
+    "8gb": {"channels": "16,32,64", "batch_size": 1, "accumulate": 4, "checkpointing": True},
+    "24gb": {"channels": "16,32,64", "batch_size": 1, "accumulate": 4, "checkpointing": False},
+    "32gb": {"channels": "24,48,64", "batch_size": 2, "accumulate": 2, "checkpointing": True},
+    "40gb": {"channels": "32,64,128", "batch_size": 4, "accumulate": 1, "checkpointing": True},
+}
+GUIDE = "128,128,64@0.2 256,256,64@0.6 perceptual"  # what --stages guide stands for
+
+
+def triple(text):
+    """(w, h, d) of a text such as 64,64,32; () of an empty one. ValueError names what it takes."""
+    if not re.fullmatch(r"(\d+(\.\d+)?(,\d+(\.\d+)?){2})?", text.replace("x", ",").replace(" ", "")):
+        raise ValueError("three numbers with commas between, such as 64,64,32")
+    return tuple(float(v) for v in re.findall(r"[\d.]+", text))
+
+
+@dataclass
+class Config(Settings):
+    preset: str = opt("auto", "settings for a card of this memory", everyday=True, choices=("auto", *PRESETS))
+    target_size: str = opt("", "crop in voxels; empty: 64,64,32, on a GPU 128,128,64", fixed=True, everyday=True, check=triple)
+    stages: str = opt("", "earlier stages, crop@share of the run, or guide", fixed=True)
+    spacing: str = opt("", "resample scans to millimetres, e.g. 1,1,1; empty: as they are", fixed=True, check=triple)
+    channels: str = opt("", "widths of the levels; empty: by the preset", fixed=True, everyday=True)
+    norm_groups: int = opt(0, "groups of the GroupNorms; 0: 8, or what divides the widths", fixed=True, low=0)
+    res_blocks: int = opt(2, "residual blocks of a level", fixed=True, low=1, high=8)
+    latent_channels: int = opt(3, "channels of a latent", fixed=True, low=1, high=64)
+    attention: str = opt("all", "attention blocks: at the last level, in its middle only", fixed=True,
+        choices=("all", "middle", "none"))  # fmt: skip
+    start: str = opt("linear", "add a closed-form linear autoencoder, or the network alone", fixed=True,
+        choices=("linear", "plain"))  # fmt: skip
+    checkpointing: bool | None = opt(None, "recompute each block in the backward pass: less memory; default: by the preset")
+    half_norm: bool = opt(True, "under half precision keep norms and enlargements in it too: half of the memory")
+    batch_size: int = opt(0, "scans per forward pass and process; 0: by the preset, on a processor 2", everyday=True, low=0)
+    accumulate: int = opt(0, "forward passes added up before an update; 0: by the preset, on a processor 1", low=0)
+    num_epochs: float = opt(100.0, "length of the run in passes of 8 crops a scan; without data 60 updates", low=0)
+    learning_rate: float = opt(2e-3, "peak learning rate", fixed=True, everyday=True, low=0)
+    kl_weight: float = opt(1e-4, "weight of the KL divergence, a mean over latent values", fixed=True, low=0)
+    gan: float = opt(0.0, "weight of a patch discriminator, e.g. 0.01; 0: none", fixed=True, everyday=True, low=0)
+    gan_start: float = opt(0.5, "share of the run after which the discriminator joins", fixed=True, low=0, high=1)
+    disc: str = opt("2,16", "the discriminator's layers and first width", fixed=True)
+    perceptual: float = opt(0.0, "weight of MONAI's perceptual loss, e.g. 0.001; needs lpips; 0: none", fixed=True, low=0)
+    val_crops: int = opt(16, "held-out crops of an evaluation", low=1)
+    val_scans: int = opt(2, "held-out scans reconstructed whole at the end", low=0)
+    overlap: float = opt(0.25, "overlap of the windows that make whole scans", low=0, high=0.9)
+    reconstruct: str = opt("", "only use the model: scan or folder -> *-reconstructed.nii.gz", everyday=True, action=True)
+    encode: str = opt("", "only use the model: scan or folder -> *-latent.npz", action=True)
+    decode: str = opt("", "only use the model: *-latent.npz or folder -> *-decoded.nii.gz", action=True)
+
+    def __post_init__(self):
+        settle(self)
+
+
+def settle(cfg):
+    """Fill what the preset, the card and 0 leave to the script. RecipeError for settings that do not fit each other."""
+    card = torch.cuda.is_available() and cfg.device not in ("cpu", "mps")
+    if cfg.preset == "auto":
+        room = torch.cuda.get_device_properties(0).total_memory / 2**30 if card else 0
+        cfg.preset = next((name for name in reversed(PRESETS) if room >= 0.9 * int(name[:-2])), "8gb")
+        if not card:
+            cfg.batch_size, cfg.accumulate = cfg.batch_size or 2, cfg.accumulate or 1
+            cfg.checkpointing = bool(cfg.checkpointing)
+    for name, value in PRESETS[cfg.preset].items():
+        setattr(cfg, name, value if getattr(cfg, name) in ("", 0, None) else getattr(cfg, name))
+    whole = not (cfg.time_budget or cfg.deadline or cfg.num_steps or cfg.num_epochs != Config.num_epochs)
+    if not cfg.data_dir and whole:
+        cfg.num_steps = 60  # enough for the built-in phantoms
+    cfg.target_size = cfg.target_size or ("32,32,16" if not cfg.data_dir else "128,128,64" if card else "64,64,32")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)+", cfg.channels):
+        raise RecipeError(f"--channels is {cfg.channels!r}; it takes a width for each level, such as 16,32,64.", 2)
+    widths = [int(c) for c in cfg.channels.split(",")]
+    common = math.gcd(*widths)
+    cfg.norm_groups = cfg.norm_groups or max(g for g in (8, 6, 5, 4, 3, 2, 1) if common % g == 0)
+    if common % cfg.norm_groups:
+        fit = " or ".join(str(g) for g in range(2, 33) if common % g == 0) or "1"
+        raise RecipeError(f"--norm_groups is {cfg.norm_groups}, which does not divide all of --channels {cfg.channels}; {fit} "
+            "does, or 0 leaves it to the script.", 2)  # fmt: skip
+    if not re.fullmatch(r"[1-9]\d*,[1-9]\d*", cfg.disc):
+        raise RecipeError(f"--disc is {cfg.disc!r}; it takes layers and width, such as 2,16 or 3,32.", 2)
+    cfg.stages = GUIDE if cfg.stages == "guide" else cfg.stages
+    stages = stages_of(cfg)
+    factor = 2 ** (len(widths) - 1)
+    least = max(8, 2 * factor, 3 * 2 ** int(cfg.disc[0]) if cfg.gan else 0)
+    for size in {size for _, size, _ in stages}:
+        if any(s % factor or s < least for s in size):
+            better = ",".join(str(max(least, round(s / factor) * factor)) for s in size)
+            raise RecipeError(f"A crop of {','.join(map(str, size))} voxels does not suit {len(widths)} levels"
+                f"{' and the discriminator' * bool(cfg.gan)}: each side is a multiple of {factor} and at least {least}. Try "
+                f"{better}.", 2)  # fmt: skip
+    if cfg.latent_channels >= factor**3:
+        raise RecipeError(f"--latent_channels is {cfg.latent_channels}; patches of {factor} x {factor} x {factor} voxels have "
+            f"{factor**3} values, and latents take fewer.", 2)  # fmt: skip
+
+
+def stages_of(cfg):
+    """[(share of the run at which it ends, crop, whether the perceptual loss is on)] of --stages and --target_size."""
+    last = tuple(int(v) for v in triple(cfg.target_size))
+    stages, begun, perceptual = [], 0.0, cfg.perceptual > 0
+    for word in cfg.stages.split():
+        size, at, share = word.partition("@")
+        try:
+            if word == "perceptual":
+                continue
+            stages.append((float(share), tuple(int(v) for v in triple(size)), False))
+            if not begun < float(share) < 1 or len(stages[-1][1]) != 3:
+                raise ValueError
+        except ValueError:
+            raise RecipeError(f"--stages has {word!r}; it takes guide, or crops each with the share of the run at which it ends, "
+                'such as "32,32,16@0.3 64,64,32@0.6".', 2) from None  # fmt: skip
+        begun = stages[-1][0]
+    return [*stages, (1.0, stages[-1][1] if cfg.stages.endswith("perceptual") else last, perceptual)]
+
+
+def stage_now(cfg, run):
+    """The stage (end, crop, perceptual) that the run is in."""
+    return next(s for s in stages_of(cfg) if run.trained() < s[0] or s[0] == 1.0)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+def load_item(path):
+    """EDIT HERE: one file -> (scan [w, h, d], affine [4, 4] from voxels to millimetres, or None for no orientation)."""
+    if str(path).lower().endswith(".npy"):
+        return np.load(path, allow_pickle=False), None
+    import nibabel
+
+    image = nibabel.load(path)
+    return np.asanyarray(image.dataobj), image.affine
+
+
+def read_volume(path, cfg):
+    """(float32 [w, h, d] with axes right, anterior, superior and the --spacing, its affine). ValueError says what is wrong."""
+    try:
+        volume, affine = load_item(path)
+        volume = np.asarray(volume, np.float32)
+    except (MemoryError, RecipeError):
+        raise
+    except Exception as e:  # whatever the readers make of a damaged file
+        raise ValueError(f"cannot be read: {(str(e).splitlines() or [type(e).__name__])[0][:100]}") from None
+    volume = volume[(..., *[0] * (volume.ndim - 3))] if volume.ndim > 3 and set(volume.shape[3:]) == {1} else volume
+    if volume.ndim != 3:
+        few = "slices belong into one volume" if volume.ndim < 3 else "save one of its volumes, e.g. a[..., 0]"
+        raise ValueError(f"it has the shape {volume.shape} and a scan has 3 axes: {few}")
+    if not np.isfinite(volume).all():
+        share = 1 - np.isfinite(volume).mean()
+        raise ValueError(f"{share:.2%} of its voxels are NaN or infinite: replace them, e.g. by numpy.nan_to_num")
+    if affine is not None:
+        affine = np.asarray(affine, np.float64)
+        if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+            raise ValueError(f"its affine cannot orient it ({np.round(affine[:3, :3].ravel(), 3).tolist()}): mend the header")
+        from monai.data import MetaTensor
+        from monai.transforms import Orientation, Spacing
+
+        tensor = Orientation("RAS", labels=None)(MetaTensor(torch.from_numpy(volume)[None], affine=torch.from_numpy(affine)))
+        if cfg.spacing:
+            tensor = Spacing(triple(cfg.spacing), padding_mode="border")(tensor)
+        volume, affine = tensor.numpy()[0], np.asarray(tensor.affine, np.float64)
+    elif cfg.spacing:
+        raise ValueError("--spacing needs .nii or .nii.gz: a .npy file does not tell its spacing")
+    return np.ascontiguousarray(volume), affine
+
+
+def scale(volume):
+    """A scan in 0..1 from its least value to its percentile 99.5, and these two. ValueError for a constant one."""
+    low, high = (float(v) for v in np.percentile(volume, (0, 99.5)))
+    high = high if high > low else float(volume.max())
+    if high <= low:
+        raise ValueError(f"it is constant: every voxel is {low:g}")
+    return np.clip((volume - low) / (high - low), 0, 1), low, high
+
+
+def load_volume(record, cfg):
+    """A record's scan as float16 [w, h, d] in 0..1; a text is the name of a built-in phantom."""
+    size = [max(s[1][k] for s in stages_of(cfg)) for k in range(3)]
+    if isinstance(record, str):
+        return phantom(record, size)
+    volume = scale(read_volume(record["image"], cfg)[0])[0]
+    if any(2 * v < s for v, s in zip(volume.shape, size)):
+        better = ",".join(str(min(s, max(8, v // 8 * 8))) for v, s in zip(volume.shape, size))
+        raise ValueError(f"its {' x '.join(map(str, volume.shape))} voxels are less than half of the crop in an axis: try "
+            f"--target_size {better}, or --spacing 1,1,1")  # fmt: skip
+    return volume.astype(np.float16)
+
+
+def phantom(name, size):
+    """A built-in scan, float16 of one and a half crops: a head of ellipsoids, in contrasts of its own."""
+    rng, shape = np.random.default_rng(mix(name)), [3 * s // 2 for s in size]
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in shape], indexing="ij"))
+    volume, tones = np.zeros(shape), rng.uniform(0.25, 1.0, 4)
+    axes = rng.uniform(0.75, 0.92, 3)
+
+    def inside(centre, radii):
+        turn, _ = np.linalg.qr(np.eye(3) + 0.3 * rng.normal(size=(3, 3)))
+        far = np.tensordot(turn, grid - np.reshape(centre, (3, 1, 1, 1)), 1) / np.reshape(radii, (3, 1, 1, 1))
+        return np.sqrt((far**2).sum(0))
+
+    skull = inside([0, 0, 0], axes)
+    volume[skull < 1], volume[skull < 0.93] = tones[0], 0.1
+    volume[skull < 0.88] = tones[1]
+    wave = np.sin(rng.uniform(8, 14) * grid[0] + 3 * np.sin(rng.uniform(4, 8) * grid[1])) * np.sin(rng.uniform(5, 9) * grid[2])
+    volume[(skull < 0.86) & (wave > 0.3)] = tones[2]  # folds
+    for side in (-1, 1):
+        volume[inside([side * 0.18, rng.uniform(-0.1, 0.1), 0], rng.uniform(0.1, 0.25, 3)) < 1] = 0.15
+    for _ in range(6):
+        volume[inside(rng.uniform(-0.5, 0.5, 3), rng.uniform(0.04, 0.12, 3)) < 1] = tones[3]
+    return np.clip(volume + 0.01 * rng.normal(size=shape), 0, 1).astype(np.float16)
+
+
+def fill(volume, size):
+    """A scan mirrored at its ends where it is smaller than a crop."""
+    more = [max(0, s - v) for v, s in zip(volume.shape, size)]
+    return np.pad(volume, [(m // 2, m - m // 2) for m in more], "symmetric") if any(more) else volume
+
+
+def cut(volume, size, u):
+    """The crop of a scan at u [3] in 0..1 between its first and its last place."""
+    volume = fill(volume, size)
+    at = [int(a * (v - s + 1)) for a, v, s in zip(u, volume.shape, size)]
+    return volume[tuple(slice(a, a + s) for a, s in zip(at, size))]
+
+
+class Volumes(torch.utils.data.Dataset):
+    """Random crops of scans, mirrored at random; `size` is the crop of the stage that the run is in."""
+
+    def __init__(self, items, cfg):
+        self.items, self.cfg, self.cached, self.size = items, cfg, items.cached, stages_of(cfg)[0][1]
+
+    def __len__(self):
+        return CROPS * len(self.items)
+
+    def name(self, index):
+        """The file of a sample, for messages."""
+        record = self.items.paths[index // CROPS]
+        return record if isinstance(record, str) else record["image"]
+
+    def __getitems__(self, keys):
+        """The batch of (epoch, index) keys that `common.Stream` deals out: image float32 [n, 1, w, h, d] in 0..1, index [n]."""
+        crops = []
+        for epoch, i in keys:
+            u, volume = uniforms(self.cfg.seed, epoch, [i], 15)[0], self.items[i // CROPS]
+            for k in range(4):  # the first place with something in it
+                crop = cut(volume, self.size, u[3 * k : 3 * k + 3])
+                if (crop[::2, ::2, ::2] > 0.05).mean() >= CONTENT:
+                    break
+            crops.append(crop[tuple(slice(None, None, -1 if flip < 0.5 else 1) for flip in u[12:])].astype(np.float32)[None])
+        return {"image": torch.from_numpy(np.stack(crops)), "index": torch.tensor([i for _, i in keys])}
+
+
+def open_data(cfg, run):
+    """(training `Volumes`, held-out namespace: `crops` float32 [n, 1, w, h, d] and `items`); writes data.png."""
+    if cfg.data_dir:
+        sets = zip(("training", "validation"), open_records(cfg, VOLUMES), (cfg.data_dir, cfg.val_dir or cfg.data_dir))
+        train, held = (run.fix_files(*s) for s in sets)
+    else:
+        say("No --data_dir: training on built-in phantoms; for your scans add --data_dir FOLDER with .nii.gz or .npy files.")
+        train, held = ([f"phantom {k}" for k in span] for span in (range(BUILT_IN), range(-4, 0)))
+    load = functools.partial(load_volume, cfg=cfg)
+    items, others = Items(train, load, check=run.check), Items(held, load, "validation", run.check)
+    size, crops, n = stages_of(cfg)[-1][1], [], len(held)
+    for i in range(n):  # on a line through each scan, from corner to corner in another order of the axes
+        few = len(range(i, cfg.val_crops, n))
+        for k in range(few):
+            u = [((k + 0.5) / few * (1, 1, 1)[a] * (1, 3, 2)[a] + 0.29 * a) % 1 for a in range(3)]
+            crops.append(torch.from_numpy(cut(others[i], size, u).astype(np.float32))[None])
+    val = types.SimpleNamespace(crops=torch.stack(crops), items=others, names=[name_of(r) for r in held])
+    if run.main:
+        few = [items[i] for i in range(min(6, len(items)))]
+        sheet = picture([slices(v) for v in few], ("axial", "coronal", "sagittal"), 1, [name_of(r) for r in train[: len(few)]])
+        write_aside(run.folder / "data.png", lambda f: sheet.save(f, "PNG"))
+    return Volumes(items, cfg), val
+
+
+def name_of(record):
+    """A short name for pictures."""
+    return record if isinstance(record, str) else re.sub(r"\.(nii|nii\.gz|npy)$", "", Path(record["image"]).name)[:24]
+
+
+def slices(volume):
+    """The middle slices of a scan in 0..1, axial, coronal and sagittal, as uint8 pictures with the head up."""
+    w, h, d = (s // 2 for s in volume.shape)
+    planes = (volume[:, :, d], volume[:, h], volume[w])
+    return [np.uint8(np.clip(np.asarray(p, np.float32).T[::-1], 0, 1) * 255 + 0.5) for p in planes]
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+class Linear(nn.Module):
+    """Patches of factor^3 voxels <-> their first principal components, each of deviation 1; `decode` is a least-squares fit on
+    the latents of the 27 nearest patches."""
+
+    def __init__(self, factor, channels):
+        super().__init__()
+        self.factor, values = factor, factor**3
+        self.register_buffer("mean", torch.zeros(values))
+        self.register_buffer("basis", torch.zeros(channels, values))  # rows are components
+        self.register_buffer("back", torch.zeros(values, channels))
+        self.register_buffer("kernel", torch.zeros(values, channels, 3, 3, 3))
+        self.register_buffer("bias", torch.zeros(values))
+
+    def patches(self, x):
+        """[n, 1, w, h, d] -> [n, factor^3, w / factor, h / factor, d / factor]."""
+        n, f = len(x), self.factor
+        w, h, d = (s // f for s in x.shape[2:])
+        return x.view(n, w, f, h, f, d, f).permute(0, 2, 4, 6, 1, 3, 5).reshape(n, f**3, w, h, d)
+
+    def whole(self, p):
+        """The inverse of `patches`."""
+        (n, _, w, h, d), f = p.shape, self.factor
+        return p.view(n, f, f, f, w, h, d).permute(0, 4, 1, 5, 2, 6, 3).reshape(n, 1, w * f, h * f, d * f)
+
+    def encode(self, x):
+        return F.conv3d(self.patches(x) - self.mean.view(1, -1, 1, 1, 1), self.basis[..., None, None, None])
+
+    def decode(self, z):
+        return self.whole(F.conv3d(F.pad(z, [1] * 6, mode="replicate"), self.kernel, self.bias))
+
+    def pca(self, x):
+        """x through its principal components, patch by patch: what the network is compared with."""
+        z = F.conv3d(self.encode(x), self.back[..., None, None, None])
+        return self.whole(z + self.mean.view(1, -1, 1, 1, 1))
+
+    @torch.no_grad()
+    def fit(self, crops):
+        """Principal components, then the decoder, from crops [1, w, h, d]."""
+        total, square, count = 0, 0, 0
+        for x in crops:
+            p = self.patches(x[None].to(self.mean.device)).flatten(2)[0].T.double().cpu()
+            total, square, count = total + p.sum(0), square + p.T @ p, count + len(p)
+        mean = total / count
+        values, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
+        k = len(self.basis)
+        spread, vectors = values[-k:].flip(0).clamp(min=1e-10).sqrt(), vectors[:, -k:].flip(1)
+        self.mean.copy_(mean)
+        self.basis.copy_((vectors / spread).T)
+        self.back.copy_(vectors * spread)
+        xx, xy = 0, 0
+        for x in crops:
+            x = x[None].to(self.mean.device)
+            around = F.pad(self.encode(x), [1] * 6, mode="replicate")
+            around = around.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1).permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
+            around = F.pad(around.flatten(0, 3), (0, 1), value=1.0).double().cpu()
+            xx, xy = xx + around.T @ around, xy + around.T @ self.patches(x).flatten(2)[0].T.double().cpu()
+        weight = torch.linalg.solve(xx + 1e-4 * count * torch.eye(len(xx), dtype=xx.dtype), xy)
+        self.kernel.copy_(weight[:-1].T.reshape(self.kernel.shape))
+        self.bias.copy_(weight[-1])
+
+
+class HalfNorm(nn.GroupNorm):
+    """GroupNorm in the type of its input: CUDA's autocast would make it fp32, and keep it so for the backward pass."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class HalfUpsample(nn.Upsample):
+    """Enlargement in the type of its input."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+class Autoencoder(nn.Module):
+    """MONAI's AutoencoderKL `net`, with the `linear` autoencoder added to what it encodes and decodes (None: the net alone).
+
+    `encode`, `decode` and `encode_stage_2_inputs`, `decode_stage_2_outputs` are as in MONAI, so that its inferers take it;
+    `latent_scale` times a latent has deviation 1. `checkpointing` recomputes block by block in the backward pass, where
+    MONAI's own recomputes a half of the net at once.
+    """
+
+    def __init__(
+        self,
+        channels,
+        latent_channels,
+        groups,
+        res_blocks,
+        attention,
+        linear=True,
+        checkpointing=False,
+        half_norm=True,
+        transposed=False,
+    ):
+        super().__init__()
+        try:
+            from monai.networks.nets import AutoencoderKL
+        except ImportError as e:
+            raise RecipeError(f"This recipe needs {e.name or 'monai'}: pip install monai einops nibabel", 2) from None
+        levels, self.checkpointing = len(channels), checkpointing
+        self.factor, self.channels = 2 ** (levels - 1), latent_channels
+        self.net = AutoencoderKL(
+            3, 1, 1, num_res_blocks=res_blocks if isinstance(res_blocks, tuple) else (res_blocks,) * levels,
+            use_convtranspose=transposed, channels=channels, latent_channels=latent_channels,
+            attention_levels=(False,) * (levels - 1) + (attention == "all",), norm_num_groups=groups,
+            with_encoder_nonlocal_attn=attention != "none", with_decoder_nonlocal_attn=attention != "none",
+            use_flash_attention=True,  # MONAI's default holds the whole matrix of all positions: 16 GiB at 256x256x64
+        )  # fmt: skip
+        self.linear = Linear(self.factor, latent_channels) if linear else None
+        self.register_buffer("latent_scale", torch.ones(()))
+        for m in self.net.modules():
+            if half_norm and type(m) in (nn.GroupNorm, nn.Upsample):
+                m.__class__ = HalfNorm if type(m) is nn.GroupNorm else HalfUpsample
+        if linear:  # then the network starts as nothing, and each of its blocks as the identity
+            self.quiet()
+
+    @torch.no_grad()
+    def quiet(self):
+        for name, m in self.net.named_modules():
+            if name.endswith(("conv2.conv", "out_proj")) or m is self.net.decoder.blocks[-1].conv:
+                m.weight.zero_()
+                m.bias.zero_()
+        self.net.quant_conv_mu.conv.weight.zero_()
+        self.net.quant_conv_mu.conv.bias.zero_()
+        self.net.quant_conv_log_sigma.conv.weight.zero_()
+        self.net.quant_conv_log_sigma.conv.bias.fill_(-6.0)
+
+    def through(self, blocks, x):
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(x)
+        return x
+
+    def encode(self, x):
+        """Scans [n, 1, w, h, d] in 0..1 -> mean and deviation of their latents, each [n, c, w / f, h / f, d / f]."""
+        h = self.through(self.net.encoder.blocks, x)
+        mu, log_var = self.net.quant_conv_mu(h).float(), self.net.quant_conv_log_sigma(h).float().clamp(-30, 20)
+        if self.linear is not None:
+            first = self.linear.encode(x.float()).float()
+            mu = first + self.contrast(first) * mu
+        return mu, (log_var / 2).exp()
+
+    @staticmethod
+    def contrast(z):
+        """The deviation of each sample's latents [n, 1, 1, 1, 1]: the network's GroupNorms take it away."""
+        return z.std((1, 2, 3, 4), keepdim=True) if GAIN else 1.0
+
+    def decode(self, z):
+        """Latents -> scans [n, 1, w, h, d]."""
+        x = self.through(self.net.decoder.blocks, self.net.post_quant_conv(z)).float()
+        return x * self.contrast(z) + self.linear.decode(z).float() if self.linear is not None else x
+
+    def forward(self, x, noise=None):
+        """Scans, and noise of their latents' shape (None: none) -> (reconstruction, mean, deviation)."""
+        mu, sigma = self.encode(x)
+        return self.decode(mu if noise is None else mu + sigma * noise), mu, sigma
+
+    def encode_stage_2_inputs(self, x):
+        """A latent of scans with noise of its deviation, as a diffusion model takes it."""
+        mu, sigma = self.encode(x)
+        return mu + sigma * torch.randn_like(mu)
+
+    def decode_stage_2_outputs(self, z):
+        return self.decode(z)
+
+
+def make_model(cfg):
+    """The autoencoder of these settings."""
+    widths = tuple(int(c) for c in cfg.channels.split(","))
+    return Autoencoder(widths, cfg.latent_channels, cfg.norm_groups, cfg.res_blocks, cfg.attention, cfg.start == "linear",
+        bool(cfg.checkpointing), cfg.half_norm)  # fmt: skip
+
+
+def vol2col(version, cudnn):
+    """Whether this torch computes 3-D convolutions in half precision by way of all patches, at many times the memory."""
+    return bool(re.match(r"2\.9\.", version)) and (cudnn or 0) < 91500
+
+
+def perceptual_loss(cfg, run):
+    """MONAI's perceptual loss on a fifth of all slices. RecipeError where its parts are not at hand."""
+    try:
+        from monai.losses import PerceptualLoss
+
+        with contextlib.redirect_stdout(None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return PerceptualLoss(3, "squeeze", is_fake_3d=True, fake_3d_ratio=0.2, pretrained=not run.planned).to(run.device)
+    except Exception as e:  # MONAI, lpips, torchvision and the download each raise their own
+        why = (str(e).splitlines() or [type(e).__name__])[0][:150]
+        raise RecipeError(f"--perceptual needs lpips, torchvision and SqueezeNet's weights, which lpips downloads once ({why}). "
+            "pip install lpips torchvision, or leave --perceptual away.", 2) from None  # fmt: skip
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+def build(cfg, run):
+    """Model, EMA and optimizer with its state; with --gan the discriminator and its optimizer too."""
+    torch.manual_seed(cfg.seed)
+    if run.kind == "cuda" and not run.planned and vol2col(torch.__version__, torch.backends.cudnn.version()):
+        if run.dtype is not torch.float32:
+            say(f"torch {torch.__version__} with cuDNN {torch.backends.cudnn.version()} takes many times the memory for 3-D "
+                "convolutions in half precision: this runs in fp32. Install torch 2.10, or nvidia-cudnn-cu12 9.15.")  # fmt: skip
+            run.dtype = torch.float32
+    with run.device:
+        model = make_model(cfg)
+    run.compile(model)
+    parts = Parts(model=model, ema=EMA(model, 0.999), opt=adam(model, cfg.learning_rate, run))
+    if cfg.gan:
+        from monai.networks.nets import PatchDiscriminator
+
+        layers, width = (int(v) for v in cfg.disc.split(","))
+        with run.device:
+            parts.disc = PatchDiscriminator(3, width, 1, num_layers_d=layers, norm="INSTANCE")
+        parts.disc_opt = adam(parts.disc, 5e-4, run)
+    if cfg.perceptual:
+        parts.look = types.SimpleNamespace(loss=perceptual_loss(cfg, run))
+    return parts
+
+
+def adam(model, peak, run):
+    """AdamW with its state allocated."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW([{"params": weights, "peak": peak}], 0.0, (0.9, 0.99), weight_decay=0.0,
+        fused=run.kind in ("cuda", "cpu"))  # fmt: skip
+    return with_state(opt)
+
+
+def example_batch(cfg, run):
+    """A random batch of the shapes and types that `Volumes` makes."""
+    n, size = cfg.batch_size * cfg.accumulate, max((s[1] for s in stages_of(cfg)), key=math.prod)
+    return {"image": torch.rand(n, 1, *size, device=run.device), "index": torch.zeros(n, dtype=torch.int64, device=run.device)}
+
+
+def divergence(mu, sigma):
+    """KL divergence of latents from a normal distribution, mean over their values."""
+    return 0.5 * (mu.square() + sigma.square() - 2 * sigma.clamp(min=1e-12).log() - 1).mean()
+
+
+def train_step(parts, batch, cfg, run):
+    """One update from a batch of `Volumes`, of the autoencoder and with --gan then of the discriminator; returns scalar tensors:
+    loss, its terms and the gradient's norm."""
+    x, gan = batch["image"], cfg.gan and run.trained() >= cfg.gan_start
+    run.anneal(parts.opt)
+    net, shape = run.net(parts.model), [len(x), cfg.latent_channels, *(s // parts.model.factor for s in x.shape[2:])]
+    batch = {"image": x, "noise": run.draw("randn", shape)}
+    perceptual = cfg.perceptual if stage_now(cfg, run)[2] else 0
+    if gan:
+        batch["fake"], parts.disc = torch.empty_like(x), parts.disc.requires_grad_(False)
+
+    def loss_fn(part):
+        again, mu, sigma = net(part["image"], part["noise"])
+        again, mu, sigma = again.float(), mu.float(), sigma.float()
+        terms = {"l1": (again - part["image"]).abs().mean(), "kl": divergence(mu, sigma)}
+        loss = terms["l1"] + cfg.kl_weight * terms["kl"]  # EDIT HERE: the loss
+        if perceptual:
+            terms["perceptual"] = parts.look.loss(again, part["image"])
+            loss = loss + perceptual * terms["perceptual"]
+        if gan:
+            part["fake"].copy_(again.detach())  # a slice of the batch: the discriminator learns from it below
+            terms["fool"] = (parts.disc(again)[-1].float() - 1).square().mean()
+            loss = loss + cfg.gan * terms["fool"]
+        return {"loss": loss, **terms}
+
+    losses = run.update(loss_fn, batch, parts.opt, parts.model, parts.ema)
+    if not gan:
+        return losses
+    run.anneal(parts.disc_opt, "constant", span=(cfg.gan_start, 1))
+    run.lr = parts.opt.param_groups[0]["lr"]
+    disc = run.net(parts.disc.requires_grad_(True))
+
+    def disc_loss(part):
+        real, fake = (disc(part[k])[-1].float() for k in ("image", "fake"))
+        return 0.5 * ((real - 1).square().mean() + fake.square().mean())
+
+    return losses | {"disc": run.update(disc_loss, {k: batch[k] for k in ("image", "fake")}, parts.disc_opt)["loss"]}
+
+
+@torch.no_grad()
+def eval_step(parts, cfg, run):
+    """The largest evaluation: one crop there and back."""
+    size = max((s[1] for s in stages_of(cfg)), key=math.prod)
+    with run.autocast():
+        return parts.ema.model(torch.zeros(1, 1, *size, device=run.device))[0]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+def psnr(a, b):
+    """PSNR in dB of scans [n, ...] in 0..1, one each."""
+    return 10 * torch.log10(1 / (a - b).flatten(1).square().mean(1).clamp(min=1e-10))
+
+
+def ssim(a, b):
+    """SSIM of scans [n, 1, w, h, d] in 0..1, one each, by MONAI (Gaussian windows of 7)."""
+    from monai.metrics.regression import compute_ssim_and_cs
+
+    return compute_ssim_and_cs(a, b, 3, (7, 7, 7), (1.5, 1.5, 1.5))[0].flatten(1).mean(1)
+
+
+@torch.no_grad()
+def assess(parts, val, cfg, run):
+    """{psnr, psnr_pca of a patch PCA of the same latent size, ssim, latent_scale} of the held-out crops; keeps the best
+    weights. `val.shown` are the first crops with what became of them."""
+    model, rows, latents, val.shown = parts.ema.model, [], [], []
+    for i, x in enumerate(val.crops.split(1)):
+        run.check()
+        with run.autocast():
+            again, mu, _ = model(x.to(run.device))
+        again = again.float().clamp(0, 1).cpu()
+        linear = val.linear.pca(x).clamp(0, 1)
+        rows.append([*(float(psnr(x, y)) for y in (again, linear)), float(ssim(again, x))])
+        latents.append(mu.float().cpu().flatten())
+        if i < 6:
+            val.shown.append((x[0, 0], linear[0, 0], again[0, 0]))
+    model.latent_scale.fill_(1 / max(float(torch.cat(latents).std()), 1e-6))
+    parts.model.latent_scale.copy_(model.latent_scale)
+    metrics = dict(zip(("psnr", "psnr_pca", "ssim"), np.mean(rows, 0).tolist()))
+    metrics["latent_scale"] = float(model.latent_scale)
+    run.judge("psnr", metrics, model.state_dict())
+    return metrics
+
+
+def show(val, run):
+    """Write sample-<update>.png: slices of held-out crops, through the PCA, through the network, and its error times 4."""
+    rows = [[p for v in (*row, (row[2] - row[0]).abs() * 4) for p in slices(v.numpy())[:2]] for row in val.shown]
+    titles = [f"{name} {plane}" for name in ("scan", "PCA", "network", "error x4") for plane in ("axial", "coronal")]
+    wide = max(s.shape[1] for s in rows[0])
+    sheet = picture(rows, titles if wide >= 64 else [t.split()[0] for t in titles], max(1, 96 // wide))
+    write_aside(run.folder / f"sample-{run.step:06d}.png", lambda f: sheet.save(f, "PNG"))
+
+
+def windows(function, x, roi, overlap):
+    """function over windows of x [1, c, w, h, d], blended by Gaussian weights so that no seams show; on the processor."""
+    from monai.inferers import sliding_window_inference
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sliding_window_inference(x, roi, 1, function, overlap, "gaussian", padding_mode="replicate", device="cpu")
+
+
+@torch.no_grad()
+def there_and_back(model, x, cfg, run):
+    """A scan [w, h, d] in 0..1 through the latents and back, window by window."""
+    size, f = stages_of(cfg)[-1][1], model.factor
+    whole = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None, None]
+    whole = F.pad(whole, [v for s in reversed(x.shape) for v in (0, -s % f)], mode="replicate")
+
+    def one(part):
+        run.check()
+        with run.autocast():
+            return model(part.to(run.device))[0].float().cpu()
+
+    return windows(one, whole, size, cfg.overlap)[0, 0, : x.shape[0], : x.shape[1], : x.shape[2]].clamp(0, 1)
+
+
+def judge_scans(parts, val, cfg, run):
+    """psnr_scan and ssim_scan of whole held-out scans, --val_scans of them, window by window; one window in a rehearsal."""
+    size, start = stages_of(cfg)[-1][1], time.monotonic()
+    scans = [val.items[i] for i in range(min(cfg.val_scans, len(val.items)))]
+    count = sum(math.prod(math.ceil(max(v / s - 1, 0) / (1 - cfg.overlap)) + 1 for v, s in zip(x.shape, size)) for x in scans)
+    if not run.over:
+        there_and_back(parts.ema.model, val.crops[0, 0].numpy(), cfg, run)
+        run.ahead = (time.monotonic() - start) * max(0, count - 1)
+        left = run.clock.left()
+        if run.ahead > 0.15 * left:
+            run.ahead, cfg.val_scans = 0.0, 0
+            say("Whole held-out scans would take more than a seventh of the time: crops only (--val_scans 0).")
+        return {}
+    rows = []
+    for x in scans:
+        a, b = (
+            torch.from_numpy(np.asarray(v, np.float32))[None, None] for v in (there_and_back(parts.ema.model, x, cfg, run), x)
+        )
+        rows.append([float(psnr(a, b)), float(ssim(a, b))])
+    return dict(zip(("psnr_scan", "ssim_scan"), np.mean(rows, 0).tolist())) if rows else {}
+
+
+def export(parts, folder):
+    """Write model.pt: the averaged weights with the latent's scale; and monai.pt, those of MONAI's AutoencoderKL alone, where
+    it stands alone."""
+    model = parts.ema.model
+    save_tensors(folder / "model.pt", model.state_dict())
+    if model.linear is None:
+        save_tensors(folder / "monai.pt", model.net.state_dict())
+
+
+def wrap_up(parts, val, cfg, run):
+    """The ending, rehearsed before update 1: evaluate, show, save and export the averaged weights. Returns the metrics."""
+    with run.ending():
+        metrics = assess(parts, val, cfg, run)
+        run.save()
+        if run.main:
+            metrics |= judge_scans(parts, val, cfg, run)
+            show(val, run)
+            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
+                export(parts, run.folder if run.over else Path(aside))
+    return metrics
+
+
+def fit_linear(parts, data, val, run):
+    """Fit the linear autoencoder before update 1, on up to 128 training crops; `val.linear` stays the PCA to compare with."""
+    model = parts.model
+    val.linear = Linear(model.factor, model.channels)
+    if run.saved >= 0 and model.linear is not None:
+        return val.linear.load_state_dict(model.linear.state_dict())
+    many = evenly(len(data), max(16, 128 * 64 * 64 * 32 // max(math.prod(data.size), 1)) if False else 128)
+    val.linear.fit([data.__getitems__([(0, i)])["image"][0] for i in many])
+    for one in (model, parts.ema.model) if model.linear is not None else ():
+        one.linear.load_state_dict(val.linear.state_dict())
+
+
+def evenly(n, most):
+    """At most so many of range(n), evenly chosen."""
+    return [i * n // min(n, most) for i in range(min(n, most))]
+
+
+def summary(metrics):
+    """The figures in one line."""
+    return "{psnr:.2f} dB, patch PCA {psnr_pca:.2f} dB, SSIM {ssim:.4f}".format(**metrics)
+
+
+def verdict(metrics, start):
+    """One line at 5 % of the run: does it learn, and what to change if not."""
+    gain, lead = metrics["psnr"] - start["psnr"], metrics["psnr"] - metrics["psnr_pca"]
+    text = f"5 % of the run: {gain:+.2f} dB since its start, {lead:+.2f} dB against the patch PCA."
+    if gain < -1:
+        text += " It gets worse: start over with --fresh and a third of --learning_rate."
+    return text
+
+
+def train(cfg):
+    """The whole run; returns the metrics of the averaged weights: psnr, psnr_pca, ssim, latent_scale and others."""
+    with Run(cfg, RECIPE) as run:
+        data, val = open_data(cfg, run)
+        parts = build(cfg, run)
+        run.resume(parts, data)
+        if run.finished:
+            say(f"Finished before: {run.finished}. A longer --num_epochs or --time_budget continues it, --fresh starts over.")
+            return run.finished
+        data.size = stage_now(cfg, run)[1]
+        fit_linear(parts, data, val, run)
+        weights = sum(p.numel() for p in parts.model.parameters()) / 1e6
+        say(f"{weights:.2f} million weights, latents {cfg.latent_channels} x 1/{parts.model.factor} of each side, crops of "
+            f"{' x '.join(map(str, data.size))}, {len(data.items)} scans and {len(val.items)} held out.")  # fmt: skip
+        metrics = start = wrap_up(parts, val, cfg, run)
+        say("Before: " + summary(metrics))
+        for batch in run.batches():
+            run.advance(train_step(parts, batch, cfg, run))
+            if stage_now(cfg, run)[1] != data.size and not run.over:
+                data.size = stage_now(cfg, run)[1]
+                say(f"step {run.step}: a new stage begins, with crops of {' x '.join(map(str, data.size))}")
+                run.renew()
+            if run.due(every=0.1, at=(0.05,)) and not run.over:
+                metrics = assess(parts, val, cfg, run)
+                say(f"step {run.step}: {summary(metrics)}")
+                if run.due(at=(0.05,)):
+                    say(verdict(metrics, start))
+            if run.due(at=SAMPLE_MARKS):
+                run.write(lambda: show(val, run))
+        metrics = run.finish(wrap_up(parts, val, cfg, run))
+        say(f"{summary(metrics)} after {run.step} updates. The weights (model.pt) and pictures are in {run.folder}")
+        return metrics
+
+
+# --- using the result -------------------------------------------------------------------------------------------------
+def load(run_dir, device="cpu"):
+    """The trained (EMA) `Autoencoder` of a run folder in eval mode; `model.cfg` are its settings."""
+    run_dir = Path(run_dir)
+    about = read_json(run_dir / "settings.json")
+    path, saved = run_dir / "model.pt", about.get("settings")
+    if about.get("recipe") != RECIPE or not saved or not (path.exists() or (run_dir / "best.pt").exists()):
+        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
+    cfg = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
+    if not path.exists():
+        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
+        path = run_dir / "best.pt"
+    try:
+        state = load_tensors(path)
+        model = make_model(cfg)
+        model.load_state_dict(state.get("model", state))
+    except (*UNREADABLE, RuntimeError, KeyError, zipfile.BadZipFile) as e:
+        raise RecipeError(f"{path} holds no network of this run ({str(e).splitlines()[0][:120]}).", 2) from None
+    model.cfg = cfg
+    return model.to(device).eval()
+
+
+def encode_scan(model, x, cfg, run):
+    """Latents float32 [c, w / f, h / f, d / f] of a scan [w, h, d] in 0..1, window by window."""
+    size, f = stages_of(cfg)[-1][1], model.factor
+    whole = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None, None]
+    whole = F.pad(whole, [v for s in reversed(x.shape) for v in (0, -s % f)], mode="replicate")
+
+    def one(part):
+        with torch.no_grad(), run.autocast():
+            return model.encode(part.to(run.device))[0].float().cpu()
+
+    return windows(one, whole, size, cfg.overlap)[0]
+
+
+def decode_latent(model, z, cfg, run):
+    """A scan [w, h, d] of latents [c, w / f, h / f, d / f], window by window."""
+    size = [s // model.factor for s in stages_of(cfg)[-1][1]]
+
+    def one(part):
+        with torch.no_grad(), run.autocast():
+            return model.decode(part.to(run.device)).float().cpu()
+
+    return windows(one, z[None], size, cfg.overlap)[0, 0].clamp(0, 1)
+
+
+def use(cfg):
+    """--reconstruct, --encode or --decode files; writes beside the run, into <run folder>/volumes; returns the paths."""
+    import nibabel
+
+    folder = Path(cfg.out_dir or f"results/{RECIPE}").expanduser()
+    if not cfg.out_dir and not (folder / "settings.json").exists():
+        folder = folder.with_name(folder.name + "-demo")
+    run = Run(cfg, RECIPE)
+    model = load(folder, run.device)
+    own, what = model.cfg, next(n for n in ("reconstruct", "encode", "decode") if getattr(cfg, n))
+    own.overlap, kinds, paths = cfg.overlap, (".npz",) if cfg.decode else VOLUMES, []
+    source = Path(getattr(cfg, what)).expanduser()
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.name.lower().endswith(kinds))
+    if not files:
+        raise RecipeError(f"--{what} {source}: there is no file that ends in {' '.join(kinds)}.", 2)
+    (folder / "volumes").mkdir(exist_ok=True)
+    for file in files:
+        target = folder / "volumes" / re.sub(r"(\.nii|\.nii\.gz|\.npy|-latent\.npz|\.npz)$", "", file.name)
+        try:
+            if cfg.decode:
+                with np.load(file, allow_pickle=False) as state:
+                    z, low, high, shape, affine = (state[k] for k in ("latent", "low", "high", "shape", "affine"))
+                if z.ndim != 4 or len(z) != model.channels:
+                    raise ValueError(f"its latent has the shape {z.shape}, and this model takes [{model.channels}, w, h, d]")
+            else:
+                volume, affine = read_volume(file, own)
+                x, low, high = scale(volume)
+                affine, shape = np.eye(4) if affine is None else affine, volume.shape
+        except (*UNREADABLE, KeyError, zipfile.BadZipFile) as e:
+            raise RecipeError(f"{file}: {e}.") from None
+        if cfg.encode:
+            z = encode_scan(model, x, own, run).numpy()
+            target = target.with_name(target.name + "-latent.npz")
+            about = {"low": low, "high": high, "shape": shape, "affine": affine, "latent_scale": float(model.latent_scale)}
+            write_aside(target, lambda f, z=z, about=about: np.savez(f, latent=z, **about))
+        else:
+            if cfg.decode:
+                again = decode_latent(model, torch.from_numpy(z), own, run)
+            else:
+                again = there_and_back(model, x, own, run)
+            again = again.numpy()[tuple(slice(int(s)) for s in shape)] * (float(high) - float(low)) + float(low)
+            target = target.with_name(f"{target.name}-{what}ed.nii.gz" if what != "decode" else f"{target.name}-decoded.nii.gz")
+            image = nibabel.Nifti1Image(again.astype(np.float32), affine)
+            with tempfile.TemporaryDirectory(dir=folder / "volumes") as aside:
+                nibabel.save(image, Path(aside) / target.name)
+                write_aside(target, lambda f, p=Path(aside) / target.name: f.write(p.read_bytes()))
+        paths.append(target)
+        quality = (
+            f": {float(psnr(torch.from_numpy(scale_to(again, low, high))[None], torch.from_numpy(x)[None])):.2f} dB"
+            if what == "reconstruct"
+            else ""
+        )
+        say(f"{file.name} -> {target}{quality}")
+    return paths
+
+
+def scale_to(volume, low, high):
+    """A scan in its own values back in 0..1."""
+    return np.asarray((volume - low) / (high - low), np.float32)
+
+
+if __name__ == "__main__":
+    main(lambda cfg: use(cfg) if cfg.reconstruct or cfg.encode or cfg.decode else train(cfg), Config, __doc__)
