@@ -76,6 +76,7 @@ DATA = {  # what a recipe learns from its data before `build`; here as its guide
 GIVEN = {  # the flags of a recipe's row where the user gives none
     "train_autoencoder3d": {"target_size": "256,256,64", "batch_size": "1", "accumulate": "1", "checkpointing": "1"},
     "train_convnext": {"target_size": "32", "batch_size": "1024"},
+    "finetune_pretrained": {"weights": "the published ones"},
 }
 RESIDENT = ("train_convnext",)  # recipes that keep small images on the device
 VARIANTS = {  # what else to look at, beside switches that every recipe may have
@@ -107,9 +108,12 @@ class CudaRules(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.Tensor.backward:  # recomputed blocks run in it, and a mode is off while it handles a function
+        if (
+            func is torch.Tensor.backward
+        ):  # recomputed blocks need the mode, which is off while it handles a function of tensors
+            edge, seed = torch.autograd.graph.get_gradient_edge(args[0]), torch.ones_like(args[0])
             with self:
-                return torch.autograd.backward(args[0], *args[1:2] or [kwargs.get("gradient")])
+                return torch.autograd.backward((edge,), (seed,))
         if getattr(func, "__name__", "") in CUDA_FP32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(lambda t: t.float() if is_half(t) else t, (args, kwargs))
         return func(*args, **kwargs)
@@ -168,16 +172,24 @@ class Allocator:
 class Live(TorchDispatchMode):
     """Counts the bytes of all storages that live, by kind, on fake or real tensors; and the work that is done.
 
-    peak: the most bytes at once; at_peak: what they were; reserved: what the allocator had taken by then; workspace: the
-    largest operand of a convolution, as an allowance for what it takes inside; work: (FLOPs, bytes, in half precision) of each
-    operation.
+    peak: the most bytes at once; at_peak: what they were; workspace: the largest operand of a convolution, as an allowance for
+    what it takes inside; work: (FLOPs, bytes, in half precision) of each operation; calls: (its arguments, bytes alive, what
+    they were) of each convolution, for `with_scratch`.
     """
 
-    def __init__(self, inside=False):
+    def __init__(self):
         super().__init__()
         self.known, self.allocator, self.kind, self.kinds = {}, Allocator(), "weights", {}
         self.live = self.peak = self.workspace = 0
-        self.at_peak, self.work, self.inside = {}, [], inside
+        self.at_peak, self.work, self.calls = {}, [], []
+
+    def begin(self):
+        """Forget the peak and the work so far: a phase begins."""
+        self.kind, self.peak, self.at_peak, self.work, self.calls = "activations", 0, {}, [], []
+
+    def found(self):
+        """(peak, what it was, work, calls) of the phase."""
+        return self.peak, self.at_peak, self.work, self.calls
 
     def add(self, tensor, kind=None):
         """Count a tensor's storage from now on as of this kind."""
@@ -195,14 +207,8 @@ class Live(TorchDispatchMode):
             self.known[key] = {"ref": ref, "size": size, "kind": kind, "block": self.allocator.take(size)}
             self.live += size
             self.kinds[kind] = self.kinds.get(kind, 0) + size
-            self.look()
-
-    def look(self, more=0):
-        """Note the peak; `more` bytes are taken inside an operation."""
-        if self.live + more > self.peak:
-            self.peak, self.at_peak = self.live + more, {k: v for k, v in self.kinds.items() if v}
-            if more:
-                self.at_peak["inside operations"] = more
+            if self.live > self.peak:
+                self.peak, self.at_peak = self.live, {k: v for k, v in self.kinds.items() if v}
 
     def drop(self, key):
         gone = self.known.pop(key, None)
@@ -220,11 +226,47 @@ class Live(TorchDispatchMode):
         sizes = [t.numel() * t.element_size() for t in tensors]
         if func._overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.convolution_backward) and sizes:
             self.workspace = max(self.workspace, max(sizes))
-            if self.inside and func._overloadpacket is torch.ops.aten.convolution_backward:
-                self.look(max(sizes))
+            self.calls.append((func, tree_map(form, args), self.live, {k: v for k, v in self.kinds.items() if v}))
         if not func.is_view and tensors:
             self.work.append((flops(func, args, kwargs, out), sum(sizes), any(map(is_half, tensors))))
         return out
+
+
+def form(value):
+    """A tensor's shape, strides and type; any other value as it is."""
+    return (tuple(value.shape), value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value
+
+
+SCRATCH = {}  # what each convolution was found to take inside
+
+
+def with_scratch(peak, parts, work, calls):
+    """The same with what convolutions take inside (other layouts of their operands, the library's workspace), each tried once
+    on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def real(value):
+        is_form = isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], torch.dtype)
+        return torch.empty_strided(*value[:2], dtype=value[2], device=device).zero_() if is_form else value
+
+    for func, args, live, kinds in calls:
+        key = (func, repr(args))
+        if key not in SCRATCH:
+            own = [real(a) for a in args]
+            func(*own)  # the first call of all sets the library up
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                out = func(*own)
+                most = torch.cuda.max_memory_allocated() - before
+            else:
+                out = []
+                most = profiled(lambda own=own, out=out, func=func: out.append(func(*own)))
+            SCRATCH[key] = max(0, most - sum(bytes_of(out)))
+            del own, out
+        if live + SCRATCH[key] > peak:
+            peak, parts = live + SCRATCH[key], kinds | {"inside operations": SCRATCH[key]}
+    return peak, parts, work, calls
 
 
 def flops(func, args, kwargs, out):
@@ -268,7 +310,8 @@ def phases_of(cfg, recipe):
 
 
 def follow(recipe, cfg, run_of, live, only=None):
-    """Build, update and evaluate, with `live` counting; returns (bytes of a checkpoint, {phase: (peak, what, work)}, samples)."""
+    """Build, update and evaluate, with `live` counting; returns (bytes of a checkpoint, {phase: (peak, what, work)}, bytes of a
+    sample)."""
     disk, found = 0, {}
     for name, own, progress in phases_of(cfg, recipe.__name__):
         if only not in (None, name, "evaluation"):
@@ -280,14 +323,14 @@ def follow(recipe, cfg, run_of, live, only=None):
         disk = max(disk, sum(bytes_of(parts.state_dict())))
         live.kind = "batch"
         batch = recipe.example_batch(own, run)
-        live.kind, live.work, live.peak = "activations", [], 0
+        live.begin()
         losses = recipe.train_step(parts, batch, own, run)
-        found[name] = (live.peak, live.at_peak, live.work)
+        found[name] = live.found()
         each = max(sum(bytes_of(v)) / len(v) for v in batch.values())
         del losses, batch
-        live.kind, live.peak = "activations", 0
+        live.begin()
         recipe.eval_step(parts, own, run)
-        found["evaluation"] = max(found.get("evaluation", (0,)), (live.peak, live.at_peak, []), key=lambda p: p[0])
+        found["evaluation"] = max(found.get("evaluation", (0,)), live.found(), key=lambda p: p[0])
         del parts, run
     return disk, found, each
 
@@ -311,25 +354,27 @@ def bytes_of(state):
     return (t.numel() * t.element_size() for t in tree_iter(state) if isinstance(t, torch.Tensor))
 
 
-def predict(plan, words, kind="cuda", capability=(8, 0), only=None):
+def predict(plan, words, kind="cuda", capability=(8, 0), only=None, scratch=False):
     """What a run with these words takes, on fake tensors: a dict of bytes, and of its work for `seconds_of`. `only` leaves out
-    all phases but this one."""
+    all phases but this one; `scratch` tries each convolution on this machine for what it takes inside."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     recipe, cfg = configure(plan, words)
-    live, rules = Live(inside=kind == "cpu"), CudaRules() if kind == "cuda" else contextlib.nullcontext()
+    live, rules = Live(), CudaRules() if kind == "cuda" else contextlib.nullcontext()
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), live, rules:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         one = functools.partial(Run, recipe=recipe.RECIPE, kind=kind, capability=capability)
         disk, found, each = follow(recipe, cfg, one, live, only)
-    phase, (peak, parts, _) = max(found.items(), key=lambda p: p[1][0])
+    if scratch:
+        found = {name: with_scratch(*f) for name, f in found.items()}
+    phase, (peak, parts, _, _) = max(found.items(), key=lambda p: p[1][0])
     resident = int(each * plan.images) if plan.recipe in RESIDENT else 0
     run, reserved = Run(cfg, recipe.RECIPE, kind=kind, capability=capability), live.allocator.reserved + resident
     total = reserved + (live.workspace + CONTEXT * GIB if kind == "cuda" else 0)
     return {"words": list(words), "total": total, "peak": peak + resident, "reserved": reserved, "workspace": live.workspace,
         "data": resident, "phase": phase, "breakdown": parts, "checkpoint": disk, "precision": str(run.dtype)[6:],
         "samples": run.samples, "batch_size": cfg.batch_size, "steps": steps_of(cfg, plan, run),
-        "work": max((w for _, _, w in found.values()), key=lambda w: sum(f for f, _, _ in w))}  # fmt: skip
+        "work": max((f[2] for name, f in found.items() if name != "evaluation"), key=lambda w: sum(f for f, _, _ in w))}  # fmt: skip
 
 
 def steps_of(cfg, plan, run):
@@ -506,7 +551,9 @@ def plan_row(plan, name, words, cards):
     here = torch.cuda.is_available()
     if here if plan.measure is None else plan.measure:
         row["measured"] = measure(plan, words)
-        row["predicted_here"] = row["peak"] if here else predict(plan, words, "cpu")["peak"]
+        same = ("cuda", torch.cuda.get_device_capability()) if here else ("cpu",)
+        row["predicted_here"] = predict(plan, words, *same)["peak"]
+        row["predicted_with_scratch"] = predict(plan, words, *same, scratch=True)["peak"]
     return row
 
 
@@ -522,8 +569,8 @@ def report(plan, words):
         lines.append([r["name"], gib(r["total"]), gib(r["peak"]), *parts, gib(r["checkpoint"]), *fits])
     say(table(["", "total", "live", *order, "checkpoint", *cards], lines))
     r = rows[0]
-    say(f"total: {gib(r['reserved'])} that CUDA's allocator takes for the live tensors (most in {r['phase']}), {gib(r['workspace'])} "
-        f"for the workspace of convolutions, {CONTEXT} for CUDA itself. A prediction, not a measurement.")  # fmt: skip
+    say(f"total: {gib(r['reserved'])} that CUDA's allocator takes for the live tensors (most in {r['phase']}), "
+        f"{gib(r['workspace'])} for the workspace of convolutions, {CONTEXT} for CUDA. Predicted, not measured.")  # fmt: skip
     if r["data"]:
         say(f"{gib(r['data'])} of it are the {plan.images} images, which stay on the card.")
     elif plan.recipe in RESIDENT:
@@ -537,8 +584,8 @@ def report(plan, words):
         best = rows[0] if rows[0] in fitting else max(fitting, key=lambda r: r["cards"][card]["margin"])
         most = largest_batch(plan, best | best["cards"][card], room, capability)
         best["cards"][card]["largest_batch"] = most
-        say(f"{card} ({gib(room)}, {best['cards'][card]['precision']}): python {plan.recipe}.py {' '.join(best['words'])} fits, "
-            f"up to --batch_size {most}.")  # fmt: skip
+        say(f"{card} ({gib(room)}, {best['cards'][card]['precision']}): python {plan.recipe}.py {' '.join(best['words'])} "
+            f"fits, up to --batch_size {most}.")  # fmt: skip
     if plan.hours:
         hours(plan, rows, cards)
     if "measured" in rows[0]:
@@ -576,19 +623,16 @@ def hours(plan, rows, cards):
 
 
 def compare(rows, here):
-    """Print prediction and measurement side by side."""
-    lines = []
+    """Print predictions and measurement side by side."""
+    lines, kinds = [], ("predicted_here", "predicted_with_scratch")
     for r in rows:
         found = r["measured"]
-        ratio = (
-            [gib(found["peak"]), f"{r['predicted_here'] / found['peak'] - 1:+.1%}"]
-            if "peak" in found
-            else [found["oom"][:70], ""]
-        )
-        lines.append([r["name"], gib(r["predicted_here"]), *ratio, *([gib(found.get("reserved", 0))] if here else [])])
+        cells = [f"{gib(r[k])} {r[k] / found['peak'] - 1:+.1%}" if "peak" in found else gib(r[k]) for k in kinds]
+        lines.append([r["name"], *cells, gib(found["peak"]) if "peak" in found else found["oom"][:70]])
+        lines[-1] += [gib(found.get("reserved", 0))] if here else []
     where = torch.cuda.get_device_name() if here else "this machine's processor"
-    head = ["", "predicted", "measured", "difference", *(["reserved"] if here else [])]
-    say(f"\nLive tensors at the peak, on {where}, in GiB:\n{table(head, lines)}")
+    head = ["", "tensors", "with what convolutions take inside", "measured", *(["reserved"] if here else [])]
+    say(f"\nPeak of a step and an evaluation on {where}, in GiB:\n{table(head, lines)}")
 
 
 def split(words):

@@ -30,7 +30,8 @@ from torch.utils.checkpoint import checkpoint
 try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, load_tensors, main, mix, open_records, opt,
-        picture, read_json, save_tensors, say, uniforms, with_state, write_aside,
+        picture, read_json, save_tensors, say, schedule, uniforms, with_state,
+        write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -43,9 +44,9 @@ except ImportError as e:
 RECIPE = "autoencoder3d"
 VOLUMES = (".nii", ".nii.gz", ".npy")
 CROPS = 8  # crops of a scan that make an epoch
+LINEAR_STEPS = 600  # updates of the linear autoencoder before the first one of the network
 BUILT_IN = 24  # built-in phantoms to train on
-GAIN = 1
-CONTENT = 0.25  # a training crop has this share of voxels above 0.05, where some tries find one
+CONTENT = 0.01  # a training crop has this share of voxels above 0.05, where some tries find one
 PRESETS = {  # the guide's configurations A, B and C with checkpointing where they need it, and a smaller one
     "8gb": {"channels": "16,32,64", "batch_size": 1, "accumulate": 4, "checkpointing": True},
     "24gb": {"channels": "16,32,64", "batch_size": 1, "accumulate": 4, "checkpointing": False},
@@ -70,19 +71,21 @@ class Config(Settings):
     spacing: str = opt("", "resample scans to millimetres, e.g. 1,1,1; empty: as they are", fixed=True, check=triple)
     channels: str = opt("", "widths of the levels; empty: by the preset", fixed=True, everyday=True)
     norm_groups: int = opt(0, "groups of the GroupNorms; 0: 8, or what divides the widths", fixed=True, low=0)
-    res_blocks: int = opt(2, "residual blocks of a level", fixed=True, low=1, high=8)
+    res_blocks: int = opt(1, "residual blocks of a level", fixed=True, low=1, high=8)
+    enlarge: str = opt("transposed", "how the decoder enlarges: a transposed convolution, or nearest voxels and a convolution",
+        fixed=True, choices=("transposed", "nearest"))  # fmt: skip
     latent_channels: int = opt(3, "channels of a latent", fixed=True, low=1, high=64)
-    attention: str = opt("all", "attention blocks: at the last level, in its middle only", fixed=True,
+    attention: str = opt("none", "attention at the last level and in its middle, there only, or none", fixed=True,
         choices=("all", "middle", "none"))  # fmt: skip
-    start: str = opt("linear", "add a closed-form linear autoencoder, or the network alone", fixed=True,
+    start: str = opt("linear", "the network learns what a linear autoencoder leaves, or all of it", fixed=True,
         choices=("linear", "plain"))  # fmt: skip
     checkpointing: bool | None = opt(None, "recompute each block in the backward pass: less memory; default: by the preset")
     half_norm: bool = opt(True, "under half precision keep norms and enlargements in it too: half of the memory")
-    batch_size: int = opt(0, "scans per forward pass and process; 0: by the preset, on a processor 2", everyday=True, low=0)
+    batch_size: int = opt(0, "scans per forward pass and process; 0: by the preset, on a processor 1", everyday=True, low=0)
     accumulate: int = opt(0, "forward passes added up before an update; 0: by the preset, on a processor 1", low=0)
     num_epochs: float = opt(100.0, "length of the run in passes of 8 crops a scan; without data 60 updates", low=0)
-    learning_rate: float = opt(2e-3, "peak learning rate", fixed=True, everyday=True, low=0)
-    kl_weight: float = opt(1e-4, "weight of the KL divergence, a mean over latent values", fixed=True, low=0)
+    learning_rate: float = opt(1e-3, "peak learning rate", fixed=True, everyday=True, low=0)
+    kl_weight: float = opt(1e-5, "weight of the KL divergence, a mean over latent values", fixed=True, low=0)
     gan: float = opt(0.0, "weight of a patch discriminator, e.g. 0.01; 0: none", fixed=True, everyday=True, low=0)
     gan_start: float = opt(0.5, "share of the run after which the discriminator joins", fixed=True, low=0, high=1)
     disc: str = opt("2,16", "the discriminator's layers and first width", fixed=True)
@@ -105,10 +108,11 @@ def settle(cfg):
         room = torch.cuda.get_device_properties(0).total_memory / 2**30 if card else 0
         cfg.preset = next((name for name in reversed(PRESETS) if room >= 0.9 * int(name[:-2])), "8gb")
         if not card:
-            cfg.batch_size, cfg.accumulate = cfg.batch_size or 2, cfg.accumulate or 1
+            cfg.batch_size, cfg.accumulate = cfg.batch_size or 1, cfg.accumulate or 1
             cfg.checkpointing = bool(cfg.checkpointing)
     for name, value in PRESETS[cfg.preset].items():
-        setattr(cfg, name, value if getattr(cfg, name) in ("", 0, None) else getattr(cfg, name))
+        own = getattr(cfg, name)
+        setattr(cfg, name, own if own or own is False else value)
     whole = not (cfg.time_budget or cfg.deadline or cfg.num_steps or cfg.num_epochs != Config.num_epochs)
     if not cfg.data_dir and whole:
         cfg.num_steps = 60  # enough for the built-in phantoms
@@ -152,7 +156,7 @@ def stages_of(cfg):
             if not begun < float(share) < 1 or len(stages[-1][1]) != 3:
                 raise ValueError
         except ValueError:
-            raise RecipeError(f"--stages has {word!r}; it takes guide, or crops each with the share of the run at which it ends, "
+            raise RecipeError(f"--stages has {word!r}; it takes guide, or crops with the share of the run at which each ends, "
                 'such as "32,32,16@0.3 64,64,32@0.6".', 2) from None  # fmt: skip
         begun = stages[-1][0]
     return [*stages, (1.0, stages[-1][1] if cfg.stages.endswith("perceptual") else last, perceptual)]
@@ -330,61 +334,70 @@ def slices(volume):
 
 # --- model ------------------------------------------------------------------------------------------------------------
 class Linear(nn.Module):
-    """Patches of factor^3 voxels <-> their first principal components, each of deviation 1; `decode` is a least-squares fit on
-    the latents of the 27 nearest patches."""
+    """Patches of factor^3 voxels <-> their principal components, each of deviation 1, and from there a linear autoencoder that
+    sees the 125 nearest patches too: `wide` adds to the components, `kernel` makes a patch of them."""
+
+    reach = 5
 
     def __init__(self, factor, channels):
         super().__init__()
-        self.factor, values = factor, factor**3
+        self.factor, values, near = factor, factor**3, [self.reach] * 3
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("basis", torch.zeros(channels, values))  # rows are components
         self.register_buffer("back", torch.zeros(values, channels))
-        self.register_buffer("kernel", torch.zeros(values, channels, 3, 3, 3))
-        self.register_buffer("bias", torch.zeros(values))
+        self.wide = nn.Parameter(torch.zeros(channels, values, *near))
+        self.kernel = nn.Parameter(torch.zeros(values, channels, *near))
+        self.bias = nn.Parameter(torch.zeros(values))
 
     def patches(self, x):
         """[n, 1, w, h, d] -> [n, factor^3, w / factor, h / factor, d / factor]."""
         n, f = len(x), self.factor
         w, h, d = (s // f for s in x.shape[2:])
-        return x.view(n, w, f, h, f, d, f).permute(0, 2, 4, 6, 1, 3, 5).reshape(n, f**3, w, h, d)
+        return x.reshape(n, w, f, h, f, d, f).permute(0, 2, 4, 6, 1, 3, 5).reshape(n, f**3, w, h, d)
 
     def whole(self, p):
         """The inverse of `patches`."""
         (n, _, w, h, d), f = p.shape, self.factor
-        return p.view(n, f, f, f, w, h, d).permute(0, 4, 1, 5, 2, 6, 3).reshape(n, 1, w * f, h * f, d * f)
+        return p.reshape(n, f, f, f, w, h, d).permute(0, 4, 1, 5, 2, 6, 3).reshape(n, 1, w * f, h * f, d * f)
+
+    def around(self, x):
+        """x with its ends repeated, as far as a kernel reaches."""
+        return F.pad(x, [self.reach // 2] * 6, mode="replicate")
 
     def encode(self, x):
-        return F.conv3d(self.patches(x) - self.mean.view(1, -1, 1, 1, 1), self.basis[..., None, None, None])
+        """Scans [n, 1, w, h, d] -> latents."""
+        p = self.patches(x) - self.mean.view(1, -1, 1, 1, 1)
+        return F.conv3d(p, self.basis[..., None, None, None]) + F.conv3d(self.around(p), self.wide)
 
     def decode(self, z):
-        return self.whole(F.conv3d(F.pad(z, [1] * 6, mode="replicate"), self.kernel, self.bias))
+        """Latents -> scans."""
+        return self.whole(F.conv3d(self.around(z), self.kernel, self.bias))
 
+    @torch.no_grad()
     def pca(self, x):
         """x through its principal components, patch by patch: what the network is compared with."""
-        z = F.conv3d(self.encode(x), self.back[..., None, None, None])
-        return self.whole(z + self.mean.view(1, -1, 1, 1, 1))
+        z = F.conv3d(self.patches(x) - self.mean.view(1, -1, 1, 1, 1), self.basis[..., None, None, None])
+        return self.whole(F.conv3d(z, self.back[..., None, None, None], self.mean))
 
     @torch.no_grad()
     def fit(self, crops):
-        """Principal components, then the decoder, from crops [1, w, h, d]."""
+        """Principal components, and the best kernel for them, in closed form from crops [1, w, h, d]."""
         total, square, count = 0, 0, 0
         for x in crops:
             p = self.patches(x[None].to(self.mean.device)).flatten(2)[0].T.double().cpu()
             total, square, count = total + p.sum(0), square + p.T @ p, count + len(p)
-        mean = total / count
+        mean, k = total / count, len(self.basis)
         values, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
-        k = len(self.basis)
         spread, vectors = values[-k:].flip(0).clamp(min=1e-10).sqrt(), vectors[:, -k:].flip(1)
         self.mean.copy_(mean)
         self.basis.copy_((vectors / spread).T)
         self.back.copy_(vectors * spread)
-        xx, xy = 0, 0
+        xx, xy, r = 0, 0, self.reach
         for x in crops:
             x = x[None].to(self.mean.device)
-            around = F.pad(self.encode(x), [1] * 6, mode="replicate")
-            around = around.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1).permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
-            around = F.pad(around.flatten(0, 3), (0, 1), value=1.0).double().cpu()
-            xx, xy = xx + around.T @ around, xy + around.T @ self.patches(x).flatten(2)[0].T.double().cpu()
+            seen = self.around(self.encode(x)).unfold(2, r, 1).unfold(3, r, 1).unfold(4, r, 1)
+            seen = F.pad(seen.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3), (0, 1), value=1.0).double().cpu()
+            xx, xy = xx + seen.T @ seen, xy + seen.T @ self.patches(x).flatten(2)[0].T.double().cpu()
         weight = torch.linalg.solve(xx + 1e-4 * count * torch.eye(len(xx), dtype=xx.dtype), xy)
         self.kernel.copy_(weight[:-1].T.reshape(self.kernel.shape))
         self.bias.copy_(weight[-1])
@@ -414,18 +427,8 @@ class Autoencoder(nn.Module):
     MONAI's own recomputes a half of the net at once.
     """
 
-    def __init__(
-        self,
-        channels,
-        latent_channels,
-        groups,
-        res_blocks,
-        attention,
-        linear=True,
-        checkpointing=False,
-        half_norm=True,
-        transposed=False,
-    ):
+    def __init__(self, channels, latent_channels, groups, res_blocks=1, attention="none", transposed=True, linear=True,
+        checkpointing=False, half_norm=True):  # fmt: skip
         super().__init__()
         try:
             from monai.networks.nets import AutoencoderKL
@@ -434,11 +437,11 @@ class Autoencoder(nn.Module):
         levels, self.checkpointing = len(channels), checkpointing
         self.factor, self.channels = 2 ** (levels - 1), latent_channels
         self.net = AutoencoderKL(
-            3, 1, 1, num_res_blocks=res_blocks if isinstance(res_blocks, tuple) else (res_blocks,) * levels,
-            use_convtranspose=transposed, channels=channels, latent_channels=latent_channels,
+            3, 1, 1, num_res_blocks=(res_blocks,) * levels, channels=channels, latent_channels=latent_channels,
             attention_levels=(False,) * (levels - 1) + (attention == "all",), norm_num_groups=groups,
             with_encoder_nonlocal_attn=attention != "none", with_decoder_nonlocal_attn=attention != "none",
             use_flash_attention=True,  # MONAI's default holds the whole matrix of all positions: 16 GiB at 256x256x64
+            use_convtranspose=transposed,  # a convolution at the enlarged size costs more than all other blocks there
         )  # fmt: skip
         self.linear = Linear(self.factor, latent_channels) if linear else None
         self.register_buffer("latent_scale", torch.ones(()))
@@ -476,7 +479,7 @@ class Autoencoder(nn.Module):
     @staticmethod
     def contrast(z):
         """The deviation of each sample's latents [n, 1, 1, 1, 1]: the network's GroupNorms take it away."""
-        return z.std((1, 2, 3, 4), keepdim=True) if GAIN else 1.0
+        return z.std((1, 2, 3, 4), keepdim=True)
 
     def decode(self, z):
         """Latents -> scans [n, 1, w, h, d]."""
@@ -500,8 +503,8 @@ class Autoencoder(nn.Module):
 def make_model(cfg):
     """The autoencoder of these settings."""
     widths = tuple(int(c) for c in cfg.channels.split(","))
-    return Autoencoder(widths, cfg.latent_channels, cfg.norm_groups, cfg.res_blocks, cfg.attention, cfg.start == "linear",
-        bool(cfg.checkpointing), cfg.half_norm)  # fmt: skip
+    return Autoencoder(widths, cfg.latent_channels, cfg.norm_groups, cfg.res_blocks, cfg.attention,
+        cfg.enlarge == "transposed", cfg.start == "linear", bool(cfg.checkpointing), cfg.half_norm)  # fmt: skip
 
 
 def vol2col(version, cudnn):
@@ -519,41 +522,100 @@ def perceptual_loss(cfg, run):
             return PerceptualLoss(3, "squeeze", is_fake_3d=True, fake_3d_ratio=0.2, pretrained=not run.planned).to(run.device)
     except Exception as e:  # MONAI, lpips, torchvision and the download each raise their own
         why = (str(e).splitlines() or [type(e).__name__])[0][:150]
-        raise RecipeError(f"--perceptual needs lpips, torchvision and SqueezeNet's weights, which lpips downloads once ({why}). "
+        raise RecipeError(f"--perceptual needs lpips, torchvision and SqueezeNet's weights, which lpips downloads ({why}). "
             "pip install lpips torchvision, or leave --perceptual away.", 2) from None  # fmt: skip
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
+# Copied from train_realesrgan_optimized.py::SOAP
+class SOAP(torch.optim.Optimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al., "SOAP: improving and stabilizing Shampoo using
+    Adam", 2024). For networks this small the matrices cost little, and an update is worth several of Adam's. Weights of
+    one shape are turned together, as one stack; their state is kept with the first of them."""
+
+    def __init__(self, params, lr, betas=(0.95, 0.999), every=10):
+        super().__init__(params, {"lr": lr, "betas": betas, "every": every})
+        for same in (s for group in self.param_groups for s in self.stacks(group)):
+            p, n = same[0], len(same)
+            sizes = p.flatten(2).shape if p.ndim > 2 else p.shape
+            eye = [torch.eye(d, device=p.device).repeat(n, 1, 1) if p.ndim > 1 and d > 1 else p.new_zeros(0) for d in sizes]
+            self.state[p] = {"step": 0, "mean": p.new_zeros(n, *sizes), "square": p.new_zeros(n, *sizes)}
+            self.state[p] |= {"factors": [0 * e for e in eye], "bases": [e.detach() for e in eye]}
+
+    @staticmethod
+    def stacks(group):
+        """The parameters of a group, those of one shape together."""
+        by_shape = {}
+        for p in group["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+        return list(by_shape.values())
+
+    @staticmethod
+    def turn(x, bases, back=False):
+        """Rotate every axis of x [n, ...] but the first into its basis, or back; each in turn moves to the end."""
+        for q in bases:
+            turned = x.movedim(1, -1)
+            if q.numel():
+                turned = (turned.flatten(1, -2) @ (q.mT if back else q)).view(turned.shape)
+            x = turned
+        return x
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            (b1, b2), every = group["betas"], group["every"]
+            for same in (s for s in self.stacks(group) if s[0].grad is not None):
+                state = self.state[same[0]]
+                state["step"] += 1
+                k, bases, g = state["step"], state["bases"], torch.stack([p.grad for p in same]).view(state["mean"].shape)
+                new = k % every == 0
+                mean = self.turn(state["mean"], bases, back=True) if new else None  # it is kept in the basis
+                for axis, (factor, q) in enumerate(zip(state["factors"], bases)):
+                    if q.numel():
+                        flat = g.movedim(axis + 1, 1).flatten(2)
+                        factor.lerp_(flat @ flat.mT, 1 - b1)
+                        if new:  # one step of power iteration, damped, so that rounding turns no direction
+                            m = factor @ q + 0.01 * factor.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * q
+                            q.copy_(torch.linalg.qr(m.cpu() if m.device.type == "mps" else m)[0])
+                if new:
+                    state["mean"].copy_(self.turn(mean, bases))
+                turned = self.turn(g, bases)
+                state["mean"].lerp_(turned, 1 - b1)
+                state["square"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
+                mean = state["mean"] / (1 - b1**k)
+                mean /= (state["square"] / (1 - b2**k)).sqrt_().add_(1e-10)
+                steps = self.turn(mean, bases, back=True).reshape(len(same), *same[0].shape).unbind()
+                torch._foreach_add_(same, list(steps), alpha=-group["lr"])
+
+
 def build(cfg, run):
     """Model, EMA and optimizer with its state; with --gan the discriminator and its optimizer too."""
     torch.manual_seed(cfg.seed)
     if run.kind == "cuda" and not run.planned and vol2col(torch.__version__, torch.backends.cudnn.version()):
         if run.dtype is not torch.float32:
             say(f"torch {torch.__version__} with cuDNN {torch.backends.cudnn.version()} takes many times the memory for 3-D "
-                "convolutions in half precision: this runs in fp32. Install torch 2.10, or nvidia-cudnn-cu12 9.15.")  # fmt: skip
+                "convolutions in half precision: this runs in fp32. Install torch 2.10 or nvidia-cudnn-cu12 9.15.")  # fmt: skip
             run.dtype = torch.float32
     with run.device:
         model = make_model(cfg)
     run.compile(model)
-    parts = Parts(model=model, ema=EMA(model, 0.999), opt=adam(model, cfg.learning_rate, run))
+    # 375 neighbours make a voxel of the linear decoder: steps of its weights add up
+    linear = [] if model.linear is None else [{"params": list(model.linear.parameters()), "peak": 0.05 * cfg.learning_rate}]
+    groups = [{"params": list(model.net.parameters()), "peak": cfg.learning_rate}, *linear]
+    parts = Parts(model=model, ema=EMA(model, 0.99), opt=SOAP(groups, 0.0))
     if cfg.gan:
         from monai.networks.nets import PatchDiscriminator
 
         layers, width = (int(v) for v in cfg.disc.split(","))
         with run.device:
             parts.disc = PatchDiscriminator(3, width, 1, num_layers_d=layers, norm="INSTANCE")
-        parts.disc_opt = adam(parts.disc, 5e-4, run)
+        weights = [{"params": list(parts.disc.parameters()), "peak": 5e-4}]
+        parts.disc_opt = with_state(
+            torch.optim.AdamW(weights, 0.0, (0.5, 0.99), weight_decay=0.0, fused=run.kind in ("cuda", "cpu"))
+        )
     if cfg.perceptual:
         parts.look = types.SimpleNamespace(loss=perceptual_loss(cfg, run))
     return parts
-
-
-def adam(model, peak, run):
-    """AdamW with its state allocated."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW([{"params": weights, "peak": peak}], 0.0, (0.9, 0.99), weight_decay=0.0,
-        fused=run.kind in ("cuda", "cpu"))  # fmt: skip
-    return with_state(opt)
 
 
 def example_batch(cfg, run):
@@ -568,8 +630,8 @@ def divergence(mu, sigma):
 
 
 def train_step(parts, batch, cfg, run):
-    """One update from a batch of `Volumes`, of the autoencoder and with --gan then of the discriminator; returns scalar tensors:
-    loss, its terms and the gradient's norm."""
+    """One update from a batch of `Volumes`, of the autoencoder and with --gan then of the discriminator; scalar tensors: loss,
+    its terms and the gradient's norm."""
     x, gan = batch["image"], cfg.gan and run.trained() >= cfg.gan_start
     run.anneal(parts.opt)
     net, shape = run.net(parts.model), [len(x), cfg.latent_channels, *(s // parts.model.factor for s in x.shape[2:])]
@@ -727,16 +789,53 @@ def wrap_up(parts, val, cfg, run):
     return metrics
 
 
-def fit_linear(parts, data, val, run):
-    """Fit the linear autoencoder before update 1, on up to 128 training crops; `val.linear` stays the PCA to compare with."""
-    model = parts.model
+def fit_linear(parts, data, val, cfg, run):
+    """Before update 1: fit the linear autoencoder in closed form, then train it for some seconds, which is kept where it is
+    better on these crops. `val.linear` is the PCA to compare with."""
+    model, size = parts.model, data.size
     val.linear = Linear(model.factor, model.channels)
     if run.saved >= 0 and model.linear is not None:
         return val.linear.load_state_dict(model.linear.state_dict())
-    many = evenly(len(data), max(16, 128 * 64 * 64 * 32 // max(math.prod(data.size), 1)) if False else 128)
-    val.linear.fit([data.__getitems__([(0, i)])["image"][0] for i in many])
-    for one in (model, parts.ema.model) if model.linear is not None else ():
-        one.linear.load_state_dict(val.linear.state_dict())
+    data.size = tuple(min(s, t) for s, t in zip(size, (64, 64, 32)))
+    crops = [data.__getitems__([(0, i)])["image"][0] for i in evenly(len(data), 128)]
+    val.linear.fit(crops)
+    if model.linear is not None:
+        linear, start = model.linear, time.monotonic()
+        linear.load_state_dict(val.linear.state_dict())
+        train_linear(linear, data, cfg, run)
+        if linear_loss(linear, crops[::4]) > linear_loss(val.linear.to(run.device), crops[::4]):
+            linear.load_state_dict(val.linear.state_dict())
+        val.linear.cpu()
+        parts.ema.model.linear.load_state_dict(linear.state_dict())
+        say(f"The linear autoencoder took {time.monotonic() - start:.0f} s; the network learns what it leaves.")
+    data.size = size
+    return None
+
+
+def train_linear(linear, data, cfg, run):
+    """LINEAR_STEPS updates of the linear autoencoder, of four crops each."""
+    opt, told = SOAP(list(linear.parameters()), 0.0), time.monotonic()
+    for k in range(LINEAR_STEPS):
+        run.check()
+        opt.param_groups[0]["lr"] = 1e-3 * schedule(k / LINEAR_STEPS, "linear")
+        x = data.__getitems__([(-1 - k, i % len(data)) for i in range(4 * k, 4 * k + 4)])["image"].to(run.device)
+        z = linear.encode(x)
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(mix(cfg.seed, k, "linear"))).to(run.device)
+        loss = (linear.decode(z + 0.05 * noise) - x).abs().mean()
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            say(f"Linear autoencoder: update {k} of {LINEAR_STEPS}, loss {float(loss.detach()):.4f}")
+    opt.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def linear_loss(linear, crops):
+    """Mean absolute error of crops [1, w, h, d] through a linear autoencoder."""
+    crops = (x[None].to(linear.mean.device) for x in crops)
+    return sum(float((linear.decode(linear.encode(x)) - x).abs().mean()) for x in crops)
 
 
 def evenly(n, most):
@@ -768,7 +867,7 @@ def train(cfg):
             say(f"Finished before: {run.finished}. A longer --num_epochs or --time_budget continues it, --fresh starts over.")
             return run.finished
         data.size = stage_now(cfg, run)[1]
-        fit_linear(parts, data, val, run)
+        fit_linear(parts, data, val, cfg, run)
         weights = sum(p.numel() for p in parts.model.parameters()) / 1e6
         say(f"{weights:.2f} million weights, latents {cfg.latent_channels} x 1/{parts.model.factor} of each side, crops of "
             f"{' x '.join(map(str, data.size))}, {len(data.items)} scans and {len(val.items)} held out.")  # fmt: skip

@@ -24,6 +24,7 @@ for name, value in {
     "STAND_IN": 1,
     "JUDGED": 12,
     "EPOCHS": 1,
+    "LINEAR_STEPS": 3,
 }.items():  # as in conftest.py
     if hasattr(recipe, name):
         setattr(recipe, name, value)

@@ -23,6 +23,7 @@ RECIPES = {
     "train_nextdit_fast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
     "train_nextdit_ultrafast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
     "train_latent_cfg": "--target_size 16 --dim 8 --mults 1,2 --batch_size 2 --num_steps 4 --steps 2 --val_images 4".split(),
+    "train_autoencoder3d": "--target_size 16,16,8 --channels 4,8,8 --batch_size 2 --num_steps 4 --val_crops 2".split(),
     "train_convnext": "--base_channels 8 --target_size 16 --batch_size 2 --num_steps 4 --metrics_every 1".split(),
     "finetune_pretrained": "--target_size 16 --batch_size 2 --num_steps 4 --steps 2 --val_images 2 --heads 2".split(),
 }
@@ -31,6 +32,7 @@ RESULT = {"train_nextdit_fast": "model.safetensors", "train_nextdit_ultrafast": 
 RESULT |= {
     "finetune_pretrained": "merged.safetensors",
     "train_latent_cfg": "model.pt",
+    "train_autoencoder3d": "model.pt",
 }  # what a finished run exports, where it is not a .onnx
 CONTRACT = ["Config", "build", "example_batch", "train_step", "eval_step", "train", "load"]
 recipes = pytest.mark.parametrize("recipe", RECIPES)
@@ -147,4 +149,4 @@ def test_help_is_fast(recipe):
     assert done.returncode == 0 and "--data_dir" in done.stdout, done.stderr
     loaded = set(done.stdout.rpartition("loaded:")[2].split())
     assert {"torch", "numpy", "PIL", "False"} <= loaded
-    assert not loaded & set("matplotlib tensorboard tensorflow onnx diffusers safetensors scipy pandas".split())
+    assert not loaded & set("matplotlib tensorboard tensorflow onnx diffusers safetensors scipy pandas monai nibabel".split())
