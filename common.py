@@ -312,6 +312,7 @@ def choose_dtype(kind, capability=(0, 0), use_amp=None, amp_dtype="auto"):
 def is_out_of_memory(error):
     """Whether an exception means that memory ran out, on a GPU or in RAM."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    words += ("unable to find an engine", "Unable to find a valid cuDNN")  # how a convolution without its workspace ends
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error) for w in words)
 
 

@@ -17,9 +17,11 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -44,7 +46,8 @@ except ImportError as e:
 
 MIB, GIB = 2**20, 2**30
 CONTEXT = 0.45  # GiB that CUDA itself takes: reports say 0.3 to 0.43 with lazy loading
-FLOP_SHARE, BYTE_SHARE = 0.35, 0.7  # of a card's table values that training reaches, a guess; --measure replaces it
+FLOP_SHARE, BYTE_SHARE = 0.35, 0.7  # of a card's rates that training reaches, a guess
+LAUNCH = 5e-6  # seconds that the start of an operation takes at least
 # name: usable GiB, compute capability, GB/s, TFLOPS in fp32 (TF32 where the card has it), in half precision with fp32 sums
 CARDS = {  # dense rates: NVIDIA's white papers (Turing, GA102, Ada, A100) and data sheets
     "P100": (15.9, (6, 0), 732, 9.3, 18.7),
@@ -64,7 +67,8 @@ CARDS = {  # dense rates: NVIDIA's white papers (Turing, GA102, Ada, A100) and d
 CUDA_FP32 = set(  # what CUDA's autocast runs in fp32 and the processor's does not (ATen/autocast_mode.h)
     "group_norm layer_norm softmax log_softmax l1_loss mse_loss smooth_l1_loss exp log log2 log10 log1p expm1 pow __pow__ "
     "__rpow__ sum norm rsqrt reciprocal softplus binary_cross_entropy_with_logits cosine_similarity cross_entropy nll_loss "
-    "interpolate cumsum cumprod prod erfinv acos asin cosh sinh tan dist pdist cdist renorm logsumexp".split()
+    "square normalize rms_norm huber_loss kl_div interpolate cumsum cumprod prod erfinv acos asin cosh sinh tan dist pdist "
+    "cdist renorm logsumexp".split()
 )
 DATA = {  # what a recipe learns from its data before `build`; here as its guide has it
     "train_latent_cfg": {"names": json.dumps([f"class {k}" for k in range(31)])},
@@ -74,9 +78,11 @@ DATA = {  # what a recipe learns from its data before `build`; here as its guide
     "finetune_pretrained": {"labels": "0 255"},
 }
 GIVEN = {  # the flags of a recipe's row where the user gives none
-    "train_autoencoder3d": {"target_size": "256,256,64", "batch_size": "1", "accumulate": "1", "checkpointing": "1"},
+    "train_autoencoder3d": {"preset": "8gb", "target_size": "256,256,64", "accumulate": "1"},
     "train_convnext": {"target_size": "32", "batch_size": "1024"},
-    "finetune_pretrained": {"weights": "the published ones"},
+    "train_nextdit_fast": {"preset": "0.1B", "batch_size": "64"},
+    "train_nextdit_ultrafast": {"preset": "0.1B", "batch_size": "128"},
+    "finetune_pretrained": {"weights": "PUBLISHED"},
 }
 RESIDENT = ("train_convnext",)  # recipes that keep small images on the device
 VARIANTS = {  # what else to look at, beside switches that every recipe may have
@@ -96,6 +102,7 @@ class Plan:
     vram: float = opt(0.0, "fit a card of this memory in GB, instead of --gpu", everyday=True, low=0)
     hours: float = opt(0.0, "say which settings finish in so many hours", everyday=True, low=0)
     images: int = opt(0, "files of your data set, for --hours and data that stay on the card", everyday=True, low=0)
+    data: str = opt("", 'what your data would tell the recipe, as JSON, e.g. {"names": "[\\"cat\\", \\"dog\\"]"}')
     json: str = opt("", "write the table to this file too", everyday=True)
     measure: bool | None = opt(None, "measure each row too; default: where a GPU is", everyday=True)
     only: bool = opt(False, "the flags as they are given, no other rows")
@@ -130,7 +137,7 @@ class Allocator:
     2 MiB; best fit, blocks are split and joined again."""
 
     def __init__(self):
-        self.free, self.reserved, self.count = {True: [], False: []}, 0, 0
+        self.free, self.reserved, self.most, self.count = {True: [], False: []}, 0, 0, 0
 
     def take(self, size):
         """A block of at least so many bytes."""
@@ -142,6 +149,7 @@ class Allocator:
             whole = 2 * MIB if small else 20 * MIB if size < 10 * MIB else math.ceil(size / (2 * MIB)) * 2 * MIB
             block = {"size": whole, "small": small, "before": None, "after": None}
             self.reserved += whole
+            self.most = max(self.most, self.reserved)
         rest, block["free"] = block["size"] - size, False
         if rest >= 512 if small else rest > MIB:
             new = {"size": rest, "small": small, "before": block, "after": block["after"]}
@@ -163,6 +171,13 @@ class Allocator:
                     block[side][other] = block
         self._put(block)
 
+    def trim(self):
+        """Give whole free segments back, as CUDA's does before it fails; `most` keeps what was reserved at once."""
+        for free in self.free.values():
+            for entry in [e for e in free if not (e[2]["before"] or e[2]["after"])]:
+                free.remove(entry)
+                self.reserved -= entry[0]
+
     def _put(self, block):
         self.count += 1
         block |= {"free": True, "number": self.count}
@@ -183,9 +198,10 @@ class Live(TorchDispatchMode):
         self.live = self.peak = self.workspace = 0
         self.at_peak, self.work, self.calls = {}, [], []
 
-    def begin(self):
-        """Forget the peak and the work so far: a phase begins."""
-        self.kind, self.peak, self.at_peak, self.work, self.calls = "activations", 0, {}, [], []
+    def begin(self, kind):
+        """Forget the peak and the work so far: a phase begins, with tensors of this kind."""
+        self.kind, self.peak, self.at_peak, self.work, self.calls = kind, 0, {}, [], []
+        self.allocator.trim()
 
     def found(self):
         """(peak, what it was, work, calls) of the phase."""
@@ -240,30 +256,35 @@ def form(value):
 SCRATCH = {}  # what each convolution was found to take inside
 
 
-def with_scratch(peak, parts, work, calls):
+def with_scratch(peak, parts, work, calls, kind):
     """The same with what convolutions take inside (other layouts of their operands, the library's workspace), each tried once
-    on this machine's device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on this machine; one that does not fit there is left out."""
+    cuda = kind == "cuda"
 
     def real(value):
         is_form = isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], torch.dtype)
-        return torch.empty_strided(*value[:2], dtype=value[2], device=device).zero_() if is_form else value
+        return torch.empty_strided(*value[:2], dtype=value[2], device=kind).zero_() if is_form else value
+
+    def inside(func, args):
+        own, out = [real(a) for a in args], []
+        if not cuda:
+            func(*own)  # the first call sets the library up
+            return profiled(lambda: out.append(func(*own))) - sum(bytes_of(out))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out.append(func(*own))  # the first call tries the library's algorithms, as in training
+        return torch.cuda.max_memory_allocated() - before - sum(bytes_of(out))
 
     for func, args, live, kinds in calls:
-        key = (func, repr(args))
+        key = (kind, func, repr(args))
         if key not in SCRATCH:
-            own = [real(a) for a in args]
-            func(*own)  # the first call of all sets the library up
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                out = func(*own)
-                most = torch.cuda.max_memory_allocated() - before
-            else:
-                out = []
-                most = profiled(lambda own=own, out=out, func=func: out.append(func(*own)))
-            SCRATCH[key] = max(0, most - sum(bytes_of(out)))
-            del own, out
+            try:
+                SCRATCH[key] = max(0, inside(func, args))
+            except RuntimeError as e:
+                if not is_out_of_memory(e):
+                    raise
+                SCRATCH[key] = 0
+            torch.cuda.empty_cache() if cuda else None
         if live + SCRATCH[key] > peak:
             peak, parts = live + SCRATCH[key], kinds | {"inside operations": SCRATCH[key]}
     return peak, parts, work, calls
@@ -286,77 +307,96 @@ def flops(func, args, kwargs, out):
 def configure(plan, words):
     """(the recipe's module, its Config of these words) with what its data would tell filled in."""
     recipe = importlib.import_module(plan.recipe)
+    with contextlib.redirect_stdout(io.StringIO()):
+        cfg = parse(recipe.Config, "", list(words))
+    return recipe, filled(cfg, plan)
+
+
+def whole(plan, words):
+    """The words of a row: as given, and what else its recipe's settings would leave to the machine that plans."""
     named = {w.lstrip("-").partition("=")[0].replace("-", "_").removeprefix("no_") for w in words if w.startswith("--")}
-    given = {"data_dir": "data"} | {k: v for k, v in GIVEN.get(plan.recipe, {}).items() if k not in named}
-    with contextlib.redirect_stdout(None):
-        cfg = parse(recipe.Config, "", [w for k, v in given.items() for w in (f"--{k}", v)] + list(words))
-    return recipe, filled(cfg, plan.recipe)
+    named |= {k.lower() for k in os.environ if k.isupper()}
+    given = {k: v for k, v in ({"data_dir": "DATA"} | GIVEN.get(plan.recipe, {})).items() if k not in named}
+    return [w for k, v in given.items() for w in (f"--{k}", v)] + list(words)
 
 
-def filled(cfg, recipe):
-    """A Config with what the recipe would learn from its data."""
-    for name, value in DATA.get(recipe, {}).items():
+def filled(cfg, plan):
+    """A Config with what the recipe would learn from its data. RecipeError for a --data that is none."""
+    try:
+        more = DATA.get(plan.recipe, {}) | json.loads(plan.data or "{}")
+        if getattr(cfg, "weights", "") == "PUBLISHED" and "geometry" not in more:
+            recipe = sys.modules[type(cfg).__module__]
+            more |= {"geometry": json.dumps(recipe.PUBLISHED), "channels": 4, "factor": 8}
+        if getattr(cfg, "space", "") == "latent" or (hasattr(cfg, "space") and cfg.vae):
+            more = {"channels": 4, "factor": 8} | more
+    except (ValueError, TypeError):
+        raise RecipeError(f"--data is {plan.data!r}; it takes a JSON object of the recipe's derived settings.", 2) from None
+    for name, value in more.items():
         setattr(cfg, name, value)
     return cfg
 
 
-def phases_of(cfg, recipe):
+def phases_of(cfg, plan):
     """[(name, Config, share of the run)] at which updates may differ: stages of their own, and early and late."""
     stages = type(cfg).__dataclass_fields__.get("stage")
     if stages and cfg.stage == "all":
         names = [s for s in stages.metadata["choices"] if s != "all"]
-        return [(f"--stage {s}", filled(dataclasses.replace(cfg, stage=s), recipe), 0.5) for s in names]
-    return [("an update", cfg, 0.0), *([("a late update", cfg, 0.9999)] if getattr(cfg, "gan", 0) else [])]
+        return [(f"--stage {s}", filled(dataclasses.replace(cfg, stage=s), plan), 0.5) for s in names]
+    late = any(getattr(cfg, name, 0) for name in ("gan", "grow", "stages"))
+    return [("an update", cfg, 0.0), *([("a late update", cfg, 0.9999)] if late else [])]
 
 
-def follow(recipe, cfg, run_of, live, only=None):
-    """Build, update and evaluate, with `live` counting; returns (bytes of a checkpoint, {phase: (peak, what, work)}, bytes of a
-    sample)."""
-    disk, found = 0, {}
-    for name, own, progress in phases_of(cfg, recipe.__name__):
-        if only not in (None, name, "evaluation"):
-            continue
-        run = run_of(own)
-        live.kind, run.progress = "weights", progress
-        parts = recipe.build(own, run)
-        label(parts, live)
-        disk = max(disk, sum(bytes_of(parts.state_dict())))
-        live.kind = "batch"
+def follow(recipe, cfg, plan, run_of, live):
+    """Build, update and evaluate, with `live` counting; returns (bytes of a checkpoint, {phase: (peak, what, work, calls)},
+    bytes of a sample)."""
+    run, found = run_of(cfg), {}
+    parts = recipe.build(cfg, run)
+    label(parts, live)
+    found["building"] = live.found()
+    disk = sum(bytes_of(parts.state_dict()))
+    for name, own, run.progress in phases_of(cfg, plan):
+        own = filled(own, plan) if own is not cfg else cfg
+        for field in ("channels", "names"):  # what `build` has found
+            if own is not cfg and hasattr(cfg, field):
+                setattr(own, field, getattr(cfg, field))
+        live.begin("batch")
         batch = recipe.example_batch(own, run)
-        live.begin()
+        live.kind = "activations"
         losses = recipe.train_step(parts, batch, own, run)
         found[name] = live.found()
         each = max(sum(bytes_of(v)) / len(v) for v in batch.values())
-        del losses, batch
-        live.begin()
+        del losses
+        live.begin("activations")
         recipe.eval_step(parts, own, run)
         found["evaluation"] = max(found.get("evaluation", (0,)), live.found(), key=lambda p: p[0])
-        del parts, run
+        del batch
     return disk, found, each
 
 
 def label(parts, live):
     """Tell `live` what the tensors of `parts` are."""
+    weights = [m for m in vars(parts).values() if isinstance(m, torch.nn.Module)]
+    own = {t.untyped_storage()._cdata for m in weights for t in (*m.parameters(), *m.buffers())}
     for part in vars(parts).values():
         if isinstance(part, torch.optim.Optimizer):
-            for state in part.state.values():
-                for t in tree_iter(state):
-                    live.add(t, "optimizer") if isinstance(t, torch.Tensor) else None
+            for t in tree_iter(list(part.state.values())):
+                live.add(t, "optimizer") if isinstance(t, torch.Tensor) else None
             for p in (p for group in part.param_groups for p in group["params"]):
                 p.register_post_accumulate_grad_hook(lambda p: live.add(p.grad, "gradients"))
-        elif hasattr(part, "decay"):
-            for t in (*part.model.parameters(), *part.model.buffers()):
+        elif hasattr(part, "decay"):  # an average; weights that are not trained are shared with the model
+            for t in (t for t in (*part.model.parameters(), *part.model.buffers()) if t.untyped_storage()._cdata not in own):
                 live.add(t, "average") if t.untyped_storage()._cdata in live.known else None
 
 
 def bytes_of(state):
-    """The sizes of all tensors in nested dicts and lists."""
-    return (t.numel() * t.element_size() for t in tree_iter(state) if isinstance(t, torch.Tensor))
+    """The sizes of all tensors in nested dicts and lists, each storage once."""
+    tensors = {t.untyped_storage()._cdata: t for t in tree_iter(state) if isinstance(t, torch.Tensor)}
+    return (t.numel() * t.element_size() for t in tensors.values())
 
 
-def predict(plan, words, kind="cuda", capability=(8, 0), only=None, scratch=False):
-    """What a run with these words takes, on fake tensors: a dict of bytes, and of its work for `seconds_of`. `only` leaves out
-    all phases but this one; `scratch` tries each convolution on this machine for what it takes inside."""
+def predict(plan, words, kind="cuda", capability=(8, 0), scratch=False):
+    """What a run with these words takes, on fake tensors: a dict of bytes, and of its work for `seconds_of`. `scratch` tries
+    each convolution on this machine for what it takes inside."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     recipe, cfg = configure(plan, words)
@@ -364,35 +404,40 @@ def predict(plan, words, kind="cuda", capability=(8, 0), only=None, scratch=Fals
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), live, rules:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         one = functools.partial(Run, recipe=recipe.RECIPE, kind=kind, capability=capability)
-        disk, found, each = follow(recipe, cfg, one, live, only)
+        disk, found, each = follow(recipe, cfg, plan, one, live)
     if scratch:
-        found = {name: with_scratch(*f) for name, f in found.items()}
+        found = {name: with_scratch(*f, kind) for name, f in found.items()}
     phase, (peak, parts, _, _) = max(found.items(), key=lambda p: p[1][0])
     resident = int(each * plan.images) if plan.recipe in RESIDENT else 0
-    run, reserved = Run(cfg, recipe.RECIPE, kind=kind, capability=capability), live.allocator.reserved + resident
+    run, reserved = Run(cfg, recipe.RECIPE, kind=kind, capability=capability), live.allocator.most
     total = reserved + (live.workspace + CONTEXT * GIB if kind == "cuda" else 0)
-    return {"words": list(words), "total": total, "peak": peak + resident, "reserved": reserved, "workspace": live.workspace,
+    works = [f[2] for name, f in found.items() if name not in ("building", "evaluation")]
+    return {"words": list(words), "total": total, "peak": peak, "reserved": reserved, "workspace": live.workspace,
         "data": resident, "phase": phase, "breakdown": parts, "checkpoint": disk, "precision": str(run.dtype)[6:],
         "samples": run.samples, "batch_size": cfg.batch_size, "steps": steps_of(cfg, plan, run),
-        "work": max((f[2] for name, f in found.items() if name != "evaluation"), key=lambda w: sum(f for f, _, _ in w))}  # fmt: skip
+        "work": max(works, key=lambda w: sum(f for f, _, _ in w))}  # fmt: skip
 
 
 def steps_of(cfg, plan, run):
-    """Updates of the whole run, 0 where only a time limit or the data tell."""
+    """Updates of the whole run, 0 where only a time limit or the number of files tells."""
+    given = getattr(cfg, "given", ())
+    if (cfg.time_budget or cfg.deadline) and not {"num_steps", "num_epochs"} & set(given):
+        return 0
     if cfg.num_steps:
         return cfg.num_steps
-    per_image = getattr(sys.modules[type(cfg).__module__], "CROPS", 1)
-    return math.ceil(cfg.num_epochs * plan.images * per_image / run.samples)
+    each = getattr(sys.modules[type(cfg).__module__], "CROPS", 1) * cfg.sample_ratio * (1 if cfg.val_dir else 0.9)
+    return math.ceil(cfg.num_epochs * plan.images * each / run.samples)
 
 
 def seconds_of(work, rates):
-    """Seconds of an update: for each operation what takes longer, its arithmetic or its memory traffic."""
+    """Seconds of an update: for each operation what takes longest, its arithmetic, its memory traffic or its start."""
     speed, fp32, half = rates
-    return sum(max(f / ((half if h else fp32) * 1e12), b / (speed * 1e9)) for f, b, h in work)
+    return sum(max(f / ((half if h else fp32) * 1e12), b / (speed * 1e9), LAUNCH) for f, b, h in work)
 
 
 def probe(device):
-    """(GB/s, TFLOPS in fp32, in half precision) of this machine, measured in about a second."""
+    """(GB/s, TFLOPS in fp32, in half precision) of this machine, measured in about a second, and the shares of them that
+    training reaches."""
 
     def best(function, times=6):
         wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
@@ -405,12 +450,13 @@ def probe(device):
             spent.append(time.perf_counter() - start)
         return min(spent)
 
+    torch.set_float32_matmul_precision("high")
     n, big = (4096, 2**28) if device.type == "cuda" else (1024, 2**26)
-    a, rates = torch.empty(big, dtype=torch.uint8, device=device), []
-    rates.append(2 * big / best(a.clone) / 1e9)
+    a = torch.empty(big, dtype=torch.uint8, device=device)
+    rates = [BYTE_SHARE * 2 * big / best(a.clone) / 1e9]
     for dtype in (torch.float32, torch.float16 if device.type == "cuda" else torch.bfloat16):
         m = torch.randn(n, n, device=device).to(dtype)
-        rates.append(2 * n**3 / best(lambda m=m: m @ m) / 1e12)
+        rates.append(FLOP_SHARE * 2 * n**3 / best(lambda m=m: m @ m) / 1e12)
     return rates
 
 
@@ -418,38 +464,39 @@ def probe(device):
 def measure_here(plan, words):
     """What a run with these words takes on this machine: {"peak", "seconds"}, or {"oom"}. For a process of its own."""
     recipe, cfg = configure(plan, words)
-    run, seconds = Run(cfg, recipe.RECIPE), []
+    run, seconds = Run(cfg, recipe.RECIPE), 0.0
     card = run.kind == "cuda"
 
     def steps():
-        for _, own, progress in phases_of(cfg, plan.recipe):
-            run = Run(own, recipe.RECIPE)
-            run.progress = progress
-            parts = recipe.build(own, run)
-            batch = recipe.example_batch(own, run)
+        nonlocal seconds
+        parts = recipe.build(cfg, run)
+        for _, own, run.progress in phases_of(cfg, plan):
+            for field in ("channels", "names"):
+                if own is not cfg and hasattr(cfg, field):
+                    setattr(own, field, getattr(cfg, field))
+            batch, spent = recipe.example_batch(own, run), []
             for _ in range(3 if card else 1):
                 start = time.perf_counter()
                 recipe.train_step(parts, batch, own, run)
                 torch.cuda.synchronize() if card else None
-                seconds.append(time.perf_counter() - start)
+                spent.append(time.perf_counter() - start)
+            seconds = max(seconds, min(spent))
             if run.micro < own.batch_size:
                 raise torch.OutOfMemoryError(f"out of memory; --batch_size {run.micro} fits")
             recipe.eval_step(parts, own, run)
 
     try:
         if not card:
-            return {"peak": profiled(steps), "seconds": min(seconds)}
+            return {"peak": profiled(steps), "seconds": seconds}
+        torch.cuda.set_device(run.device)
         torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
         steps()
-        return {
-            "peak": torch.cuda.max_memory_allocated(),
-            "reserved": torch.cuda.max_memory_reserved(),
-            "seconds": min(seconds),
-        }
+        return {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(), "seconds": seconds}
     except (RuntimeError, MemoryError, RecipeError) as e:
         if not (is_out_of_memory(e) or "out of memory" in str(e).lower()):
             raise
-        return {"oom": str(e).splitlines()[0]}
+        return {"oom": (str(e).splitlines() or ["out of memory"])[0]}
 
 
 def profiled(function):
@@ -469,8 +516,9 @@ def profiled(function):
 
 def measure(plan, words):
     """`measure_here` in a process of its own, so that running out of memory is a result and not an end."""
-    line = [sys.executable, __file__, "--recipe", plan.recipe, "--row", "1", *words]
-    done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", errors="replace", env=os.environ)
+    line = [sys.executable, __file__, "--recipe", plan.recipe, "--data", plan.data or "{}", "--row", "1", *words]
+    same = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # it changes what convolutions take inside
+    done = subprocess.run(line, capture_output=True, text=True, encoding="utf-8", errors="replace", env=same)
     for text in reversed(done.stdout.splitlines()):
         with contextlib.suppress(ValueError):
             return json.loads(text)
@@ -482,30 +530,37 @@ def measure(plan, words):
 # --- tables -----------------------------------------------------------------------------------------------------------
 def variants(plan, words):
     """[(name, words)] of the rows: as given, each switch turned, other batches, and what else the recipe has."""
+    words = whole(plan, words)
     _, cfg = configure(plan, words)
-    rows, fields = [("as given", [])], type(cfg).__dataclass_fields__
+    rows, fields = [], type(cfg).__dataclass_fields__
     for name in ("use_amp", "checkpointing", "half_norm"):
-        if name in fields and not plan.only:
+        if name in fields:  # where the recipe decides, it is on
             value = getattr(cfg, name)
-            on = value or (value is None and name == "use_amp")
-            rows.append((f"--{'no-' * bool(on)}{name}", [f"--{'no-' * bool(on)}{name}"]))
-    pairs = [(2 * cfg.batch_size, cfg.accumulate), (cfg.batch_size // 2, 2 * cfg.accumulate)]
-    rows += [(f"--batch_size {n}", ["--batch_size", str(n), "--accumulate", str(k)]) for n, k in pairs if n and not plan.only]
-    rows += [(text, text.split()) for text in VARIANTS.get(plan.recipe, []) if not plan.only]
-    return [(name, [*words, *more]) for name, more in rows]
+            rows.append(f"--{'no-' * (value is None or bool(value))}{name}")
+    rows.append(f"--batch_size {2 * cfg.batch_size}")
+    if cfg.batch_size % 2 == 0:
+        rows.append(f"--batch_size {cfg.batch_size // 2} --accumulate {2 * cfg.accumulate}")
+    found = [("as given", words)]
+    for text in [*rows, *VARIANTS.get(plan.recipe, [])] * (not plan.only):
+        with contextlib.suppress(RecipeError):  # one that does not go with what is given
+            configure(plan, [*words, *text.split()])
+            found.append((text, [*words, *text.split()]))
+    return found
 
 
 def largest_batch(plan, row, room, capability):
-    """The largest --batch_size of a row that fits into `room` bytes: from the slope between two predictions, then checked."""
-    n = row["batch_size"]
+    """The largest --batch_size of a row that fits into `room` bytes, to 3 % (131,072 at most)."""
 
-    def total(batch):
-        return predict(plan, [*row["words"], "--batch_size", str(batch)], "cuda", capability, row["phase"])["total"]
+    def fits(batch):
+        return predict(plan, [*row["words"], "--batch_size", str(batch)], "cuda", capability)["total"] <= room
 
-    guess = n + int((room - row["total"]) * n / max(total(2 * n) - row["total"], 1))
-    while guess > n and total(guess) > room:
-        guess = max(n, min(guess - 1, int(0.96 * guess)))
-    return guess
+    low, high = row["batch_size"], 2 * row["batch_size"]
+    while high <= 2**17 and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 32) and high <= 2**17:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def gib(size):
@@ -530,38 +585,38 @@ def cards_of(plan):
             raise RecipeError(f"--gpu has {text!r}; it takes {', '.join(CARDS)}, or give --vram 24.", 2)
         room, capability, speed, fp32, half = CARDS[known[text]]
         cards[known[text]] = (room * GIB, capability, (BYTE_SHARE * speed, FLOP_SHARE * fp32, FLOP_SHARE * half))
+    if not cards:
+        raise RecipeError(f"--gpu is {plan.gpu!r}; it takes {', '.join(CARDS)}, or give --vram 24.", 2)
     return cards
 
 
 def plan_row(plan, name, words, cards):
     """The prediction of one row, and of each card whether it fits; where a GPU is, or --measure asks, its measurement."""
-    known = {}
+    known, fit = {}, {}
     for card, (room, capability, rates) in cards.items():
         kind = (capability >= (7, 0)) + (capability >= (8, 0))  # cards of a kind have one precision
-        known[kind] = known.get(kind) or predict(plan, words, "cuda", capability)
-        own = known[kind]
-        known[card] = {
-            "total": own["total"],
-            "margin": room - own["total"],
-            "precision": own["precision"],
-            "phase": own["phase"],
-        }
-        known[card] |= {"seconds": seconds_of(own["work"], rates)} if rates else {}
-    row = known[max(k for k in known if isinstance(k, int))] | {"name": name, "cards": {c: known[c] for c in cards}}
+        own = known[kind] = known.get(kind) or predict(plan, words, "cuda", capability)
+        data = own["data"] if own["data"] < (room - CONTEXT * GIB) / 4 else 0  # else they stay in RAM
+        fit[card] = {"total": own["total"] + data, "margin": room - own["total"] - data, "precision": own["precision"]}
+        fit[card] |= {"data": data} | ({"seconds": seconds_of(own["work"], rates)} if rates else {})
+    row = known[max(known)] | {"name": name, "cards": fit}
     here = torch.cuda.is_available()
     if here if plan.measure is None else plan.measure:
         row["measured"] = measure(plan, words)
-        same = ("cuda", torch.cuda.get_device_capability()) if here else ("cpu",)
-        row["predicted_here"] = predict(plan, words, *same)["peak"]
-        row["predicted_with_scratch"] = predict(plan, words, *same, scratch=True)["peak"]
     return row
 
 
 def report(plan, words):
     """Predict, where there is a GPU measure, and print the tables; returns the rows."""
     here, cards, lines = torch.cuda.is_available(), cards_of(plan), []
-    say(f"{plan.recipe} {' '.join(words)}: predicted on fake tensors, in GiB")
+    if plan.hours and plan.vram and not here:
+        raise RecipeError("--hours needs the card's speed: give --gpu instead of --vram.", 2)
+    say(f"{plan.recipe} {shlex.join(whole(plan, words))}: predicted on fake tensors, in GiB")
     rows = [plan_row(plan, name, own, cards) for name, own in variants(plan, words)]
+    for r in (r for r in rows if "measured" in r):  # after all measurements: they want the whole card
+        kind = ("cuda", torch.cuda.get_device_capability()) if here and "--device cpu" not in " ".join(r["words"]) else ("cpu",)
+        r["predicted_here"] = predict(plan, r["words"], *kind)["peak"]
+        r["predicted_with_scratch"] = predict(plan, r["words"], *kind, scratch=True)["peak"]
     order = ["weights", "optimizer", "average", "gradients", "batch", "activations"]
     for r in rows:
         fits = [f"{'yes' if c['margin'] >= 0 else 'NO'} {c['margin'] / GIB:+.1f}" for c in r["cards"].values()]
@@ -571,21 +626,20 @@ def report(plan, words):
     r = rows[0]
     say(f"total: {gib(r['reserved'])} that CUDA's allocator takes for the live tensors (most in {r['phase']}), "
         f"{gib(r['workspace'])} for the workspace of convolutions, {CONTEXT} for CUDA. Predicted, not measured.")  # fmt: skip
-    if r["data"]:
-        say(f"{gib(r['data'])} of it are the {plan.images} images, which stay on the card.")
-    elif plan.recipe in RESIDENT:
-        say("Small images stay on the card: --images N adds them.")
+    if plan.recipe in RESIDENT and not plan.images:
+        say("Small images stay on the card where they are less than a quarter of it: --images N adds them.")
     for card, (room, capability, _) in cards.items():
         fitting = [r for r in rows if r["cards"][card]["margin"] >= 0]
         if not fitting:
-            say(f"{card} ({gib(room)}): none of these fits; the least is {gib(min(r['total'] for r in rows))}. Try a smaller "
-                "--target_size.")  # fmt: skip
+            least = min(r["cards"][card]["total"] for r in rows)
+            say(f"{card} ({gib(room)}): none of these fits; the least is {gib(least)}. Try a smaller --target_size.")
             continue
         best = rows[0] if rows[0] in fitting else max(fitting, key=lambda r: r["cards"][card]["margin"])
-        most = largest_batch(plan, best | best["cards"][card], room, capability)
-        best["cards"][card]["largest_batch"] = most
-        say(f"{card} ({gib(room)}, {best['cards'][card]['precision']}): python {plan.recipe}.py {' '.join(best['words'])} "
-            f"fits, up to --batch_size {most}.")  # fmt: skip
+        about = best["cards"][card]
+        about["largest_batch"] = largest_batch(plan, best, room - about["data"], capability)
+        images = f", {gib(about['data'])} of images on the card" if about["data"] else ""
+        say(f"{card} ({gib(room)}, {about['precision']}{images}): python {plan.recipe}.py {shlex.join(best['words'])} "
+            f"fits, up to --batch_size {about['largest_batch']}.")  # fmt: skip
     if plan.hours:
         hours(plan, rows, cards)
     if "measured" in rows[0]:
@@ -602,22 +656,21 @@ def report(plan, words):
 def hours(plan, rows, cards):
     """Print which rows finish in --hours."""
     here = torch.cuda.is_available()
-    rates = {"this card": probe(torch.device("cuda"))} if here else {c: about[2] for c, about in cards.items() if about[2]}
-    if not rates:
-        raise RecipeError("--hours needs the card's speed: give --gpu instead of --vram.", 2)
+    rates = {c: about[2] for c, about in cards.items() if about[2]}
+    rates |= {"this card": probe(torch.device("cuda"))} if here else {}
     lines = []
     for r in rows:
         cells = []
         for card in rates:
-            seconds = seconds_of(r["work"], rates[card]) if here else r["cards"][card]["seconds"]
-            whole = r["steps"] * seconds
-            done = f", {'yes' if whole <= 3600 * plan.hours else 'NO'} {clock_text(whole)}" if r["steps"] else ""
+            seconds = r["cards"][card]["seconds"] if card in r["cards"] else seconds_of(r["work"], rates[card])
+            seconds = r.get("measured", {}).get("seconds", seconds) if card == "this card" else seconds
+            all_of_it = r["steps"] * seconds
+            done = f", {'yes' if all_of_it <= 3600 * plan.hours else 'NO'} {clock_text(all_of_it)}" if r["steps"] else ""
             cells.append(f"{1000 * seconds:.0f} ms, {3600 * plan.hours / seconds:,.0f} updates{done}")
         lines.append([r["name"], *cells])
     say(f"\nIn {plan.hours:g} hours:\n{table(['', *rates], lines)}")
-    sheet = f"{FLOP_SHARE:.0%} of the arithmetic and {BYTE_SHARE:.0%} of the bandwidth of the cards' data sheets"
-    say(f"An estimate: counted operations at {'the speed that a one-second probe found' if here else sheet}; loading data, "
-        "evaluations and samples come on top.")  # fmt: skip
+    say(f"An estimate: counted operations at {FLOP_SHARE:.0%} of the arithmetic and {BYTE_SHARE:.0%} of the bandwidth of the "
+        "cards' data sheets; this card as measured. Loading data, evaluations and samples come on top.")  # fmt: skip
     if not any(r["steps"] for r in rows):
         say("--images N, the number of your files, tells how many updates the recipe's epochs are.")
 

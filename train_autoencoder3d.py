@@ -11,6 +11,7 @@ python train_autoencoder3d.py --reconstruct scan.nii.gz            # also --enco
 
 import contextlib
 import functools
+import importlib.util
 import math
 import re
 import tempfile
@@ -105,7 +106,8 @@ def settle(cfg):
     """Fill what the preset, the card and 0 leave to the script. RecipeError for settings that do not fit each other."""
     card = torch.cuda.is_available() and cfg.device not in ("cpu", "mps")
     if cfg.preset == "auto":
-        room = torch.cuda.get_device_properties(0).total_memory / 2**30 if card else 0
+        number = int(cfg.device.partition(":")[2] or 0)
+        room = torch.cuda.get_device_properties(number).total_memory / 2**30 if card else 0
         cfg.preset = next((name for name in reversed(PRESETS) if room >= 0.9 * int(name[:-2])), "8gb")
         if not card:
             cfg.batch_size, cfg.accumulate = cfg.batch_size or 1, cfg.accumulate or 1
@@ -129,15 +131,14 @@ def settle(cfg):
     if not re.fullmatch(r"[1-9]\d*,[1-9]\d*", cfg.disc):
         raise RecipeError(f"--disc is {cfg.disc!r}; it takes layers and width, such as 2,16 or 3,32.", 2)
     cfg.stages = GUIDE if cfg.stages == "guide" else cfg.stages
-    stages = stages_of(cfg)
-    factor = 2 ** (len(widths) - 1)
-    least = max(8, 2 * factor, 3 * 2 ** int(cfg.disc[0]) if cfg.gan else 0)
-    for size in {size for _, size, _ in stages}:
+    stages, factor = stages_of(cfg), 2 ** (len(widths) - 1)
+    for end, size, perceptual in stages:
+        least = max(8, 2 * factor, 3 * 2 ** int(cfg.disc[0]) if cfg.gan and end > cfg.gan_start else 0, 20 * perceptual)
         if any(s % factor or s < least for s in size):
             better = ",".join(str(max(least, round(s / factor) * factor)) for s in size)
-            raise RecipeError(f"A crop of {','.join(map(str, size))} voxels does not suit {len(widths)} levels"
-                f"{' and the discriminator' * bool(cfg.gan)}: each side is a multiple of {factor} and at least {least}. Try "
-                f"{better}.", 2)  # fmt: skip
+            more = f"{' and the discriminator' * bool(cfg.gan)}{' and the perceptual loss' * perceptual}"
+            raise RecipeError(f"A crop of {','.join(map(str, size))} voxels does not suit {len(widths)} levels{more}: a side "
+                f"is a multiple of {factor} and at least {least}. Try {better}.", 2)  # fmt: skip
     if cfg.latent_channels >= factor**3:
         raise RecipeError(f"--latent_channels is {cfg.latent_channels}; patches of {factor} x {factor} x {factor} voxels have "
             f"{factor**3} values, and latents take fewer.", 2)  # fmt: skip
@@ -147,10 +148,11 @@ def stages_of(cfg):
     """[(share of the run at which it ends, crop, whether the perceptual loss is on)] of --stages and --target_size."""
     last = tuple(int(v) for v in triple(cfg.target_size))
     stages, begun, perceptual = [], 0.0, cfg.perceptual > 0
-    for word in cfg.stages.split():
+    words = cfg.stages.split()
+    for k, word in enumerate(words):
         size, at, share = word.partition("@")
         try:
-            if word == "perceptual":
+            if word == "perceptual" and stages and k == len(words) - 1:
                 continue
             stages.append((float(share), tuple(int(v) for v in triple(size)), False))
             if not begun < float(share) < 1 or len(stages[-1][1]) != 3:
@@ -159,7 +161,7 @@ def stages_of(cfg):
             raise RecipeError(f"--stages has {word!r}; it takes guide, or crops with the share of the run at which each ends, "
                 'such as "32,32,16@0.3 64,64,32@0.6".', 2) from None  # fmt: skip
         begun = stages[-1][0]
-    return [*stages, (1.0, stages[-1][1] if cfg.stages.endswith("perceptual") else last, perceptual)]
+    return [*stages, (1.0, stages[-1][1] if words[-1:] == ["perceptual"] else last, perceptual)]
 
 
 def stage_now(cfg, run):
@@ -175,7 +177,7 @@ def load_item(path):
     import nibabel
 
     image = nibabel.load(path)
-    return np.asanyarray(image.dataobj), image.affine
+    return np.asanyarray(image.dataobj, np.float32), image.affine
 
 
 def read_volume(path, cfg):
@@ -203,7 +205,7 @@ def read_volume(path, cfg):
 
         tensor = Orientation("RAS", labels=None)(MetaTensor(torch.from_numpy(volume)[None], affine=torch.from_numpy(affine)))
         if cfg.spacing:
-            tensor = Spacing(triple(cfg.spacing), padding_mode="border")(tensor)
+            tensor = Spacing(triple(cfg.spacing), padding_mode="border", dtype=np.float32)(tensor)
         volume, affine = tensor.numpy()[0], np.asarray(tensor.affine, np.float64)
     elif cfg.spacing:
         raise ValueError("--spacing needs .nii or .nii.gz: a .npy file does not tell its spacing")
@@ -226,7 +228,11 @@ def load_volume(record, cfg):
         return phantom(record, size)
     volume = scale(read_volume(record["image"], cfg)[0])[0]
     if any(2 * v < s for v, s in zip(volume.shape, size)):
-        better = ",".join(str(min(s, max(8, v // 8 * 8))) for v, s in zip(volume.shape, size))
+        least = max(8, 2 ** (cfg.channels.count(",") + 1))
+        better = ",".join(str(min(s, max(least, v // least * least))) for v, s in zip(volume.shape, size))
+        if any(2 * v < least for v in volume.shape):
+            raise ValueError(f"its {' x '.join(map(str, volume.shape))} voxels are too thin for this network: leave it out, or "
+                "resample with --spacing 1,1,1")  # fmt: skip
         raise ValueError(f"its {' x '.join(map(str, volume.shape))} voxels are less than half of the crop in an axis: try "
             f"--target_size {better}, or --spacing 1,1,1")  # fmt: skip
     return volume.astype(np.float16)
@@ -430,10 +436,9 @@ class Autoencoder(nn.Module):
     def __init__(self, channels, latent_channels, groups, res_blocks=1, attention="none", transposed=True, linear=True,
         checkpointing=False, half_norm=True):  # fmt: skip
         super().__init__()
-        try:
-            from monai.networks.nets import AutoencoderKL
-        except ImportError as e:
-            raise RecipeError(f"This recipe needs {e.name or 'monai'}: pip install monai einops nibabel", 2) from None
+        need("monai", "einops")
+        from monai.networks.nets import AutoencoderKL
+
         levels, self.checkpointing = len(channels), checkpointing
         self.factor, self.channels = 2 ** (levels - 1), latent_channels
         self.net = AutoencoderKL(
@@ -510,6 +515,23 @@ def make_model(cfg):
 def vol2col(version, cudnn):
     """Whether this torch computes 3-D convolutions in half precision by way of all patches, at many times the memory."""
     return bool(re.match(r"2\.9\.", version)) and (cudnn or 0) < 91500
+
+
+def guard(run):
+    """Leave half precision where `vol2col` would make it dearer than fp32."""
+    if run.kind == "cuda" and not run.planned and run.dtype is not torch.float32:
+        version = torch.backends.cudnn.version()
+        if vol2col(torch.__version__, version):
+            say(f"torch {torch.__version__} with cuDNN {version} takes many times the memory for 3-D convolutions in half "
+                "precision: this runs in fp32. Install torch 2.10 or nvidia-cudnn-cu12 9.15.")  # fmt: skip
+            run.dtype = torch.float32
+
+
+def need(*packages):
+    """RecipeError that names packages which are not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"This recipe needs {' and '.join(missing)}: pip install monai einops nibabel", 2)
 
 
 def perceptual_loss(cfg, run):
@@ -591,11 +613,7 @@ class SOAP(torch.optim.Optimizer):
 def build(cfg, run):
     """Model, EMA and optimizer with its state; with --gan the discriminator and its optimizer too."""
     torch.manual_seed(cfg.seed)
-    if run.kind == "cuda" and not run.planned and vol2col(torch.__version__, torch.backends.cudnn.version()):
-        if run.dtype is not torch.float32:
-            say(f"torch {torch.__version__} with cuDNN {torch.backends.cudnn.version()} takes many times the memory for 3-D "
-                "convolutions in half precision: this runs in fp32. Install torch 2.10 or nvidia-cudnn-cu12 9.15.")  # fmt: skip
-            run.dtype = torch.float32
+    guard(run)
     with run.device:
         model = make_model(cfg)
     run.compile(model)
@@ -683,10 +701,11 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """SSIM of scans [n, 1, w, h, d] in 0..1, one each, by MONAI (Gaussian windows of 7)."""
+    """SSIM of scans [n, 1, w, h, d] in 0..1, one each, by MONAI (Gaussian windows of 7, of thin scans as many as fit)."""
     from monai.metrics.regression import compute_ssim_and_cs
 
-    return compute_ssim_and_cs(a, b, 3, (7, 7, 7), (1.5, 1.5, 1.5))[0].flatten(1).mean(1)
+    window = tuple(min(7, s - 1 + s % 2) for s in a.shape[2:])
+    return compute_ssim_and_cs(a, b, 3, window, (1.5, 1.5, 1.5))[0].flatten(1).mean(1)
 
 
 @torch.no_grad()
@@ -717,32 +736,42 @@ def show(val, run):
     rows = [[p for v in (*row, (row[2] - row[0]).abs() * 4) for p in slices(v.numpy())[:2]] for row in val.shown]
     titles = [f"{name} {plane}" for name in ("scan", "PCA", "network", "error x4") for plane in ("axial", "coronal")]
     wide = max(s.shape[1] for s in rows[0])
-    sheet = picture(rows, titles if wide >= 64 else [t.split()[0] for t in titles], max(1, 96 // wide))
+    sheet = picture(rows, titles, max(1, 128 // wide))
     write_aside(run.folder / f"sample-{run.step:06d}.png", lambda f: sheet.save(f, "PNG"))
 
 
-def windows(function, x, roi, overlap):
-    """function over windows of x [1, c, w, h, d], blended by Gaussian weights so that no seams show; on the processor."""
+def windows(function, volume, size, overlap, factor=1, enlarge=1):
+    """function over windows of volume [c, w, h, d], blended by Gaussian weights so that no seams show; on the processor.
+
+    Windows of `size` begin at multiples of `factor`; what they give is 1 / factor or `enlarge` times as large. A volume that is
+    smaller, or that the factor does not divide, is mirrored at its end, as in training.
+    """
     from monai.inferers import sliding_window_inference
 
+    old = volume.shape[1:]
+    whole = [max(c, -(-v // factor) * factor) for v, c in zip(old, size)]
+    x = np.pad(volume, [(0, 0), *((0, n - v) for n, v in zip(whole, old))], "symmetric")
+    places = [(torch.arange(s) + 0.5 - s / 2) / (s / 8) for s in size]
+    weight = functools.reduce(lambda a, b: a[..., None] * b, [(-(p**2) / 2).exp() for p in places])
+    steps = [max(1, int(s * (1 - overlap)) // factor) * factor for s in size]
+    shares = [max(0.0, 1 - (step + 0.5) / s) for step, s in zip(steps, size)]  # MONAI makes whole numbers of them again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sliding_window_inference(x, roi, 1, function, overlap, "gaussian", padding_mode="replicate", device="cpu")
+        out = sliding_window_inference(torch.from_numpy(np.ascontiguousarray(x, np.float32))[None], size, 1, function, shares,
+            roi_weight_map=weight, device="cpu")[0]  # fmt: skip
+    return out[(slice(None), *(slice(-(-v // factor) * enlarge) for v in old))]
 
 
 @torch.no_grad()
-def there_and_back(model, x, cfg, run):
+def there_and_back(model, volume, cfg, run):
     """A scan [w, h, d] in 0..1 through the latents and back, window by window."""
-    size, f = stages_of(cfg)[-1][1], model.factor
-    whole = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None, None]
-    whole = F.pad(whole, [v for s in reversed(x.shape) for v in (0, -s % f)], mode="replicate")
 
     def one(part):
         run.check()
         with run.autocast():
             return model(part.to(run.device))[0].float().cpu()
 
-    return windows(one, whole, size, cfg.overlap)[0, 0, : x.shape[0], : x.shape[1], : x.shape[2]].clamp(0, 1)
+    return windows(one, volume[None], stages_of(cfg)[-1][1], cfg.overlap)[0].clamp(0, 1)
 
 
 def judge_scans(parts, val, cfg, run):
@@ -752,7 +781,7 @@ def judge_scans(parts, val, cfg, run):
     count = sum(math.prod(math.ceil(max(v / s - 1, 0) / (1 - cfg.overlap)) + 1 for v, s in zip(x.shape, size)) for x in scans)
     if not run.over:
         there_and_back(parts.ema.model, val.crops[0, 0].numpy(), cfg, run)
-        run.ahead = (time.monotonic() - start) * max(0, count - 1)
+        run.ahead = 1.1 * (time.monotonic() - start) * max(0, count - 1)
         left = run.clock.left()
         if run.ahead > 0.15 * left:
             run.ahead, cfg.val_scans = 0.0, 0
@@ -800,9 +829,10 @@ def fit_linear(parts, data, val, cfg, run):
     crops = [data.__getitems__([(0, i)])["image"][0] for i in evenly(len(data), 128)]
     val.linear.fit(crops)
     if model.linear is not None:
-        linear, start = model.linear, time.monotonic()
+        linear, start, run.parts = model.linear, time.monotonic(), None  # nothing to save: a run stopped here begins anew
         linear.load_state_dict(val.linear.state_dict())
-        train_linear(linear, data, cfg, run)
+        train_linear(linear, crops, data, cfg, run)
+        run.parts = parts
         if linear_loss(linear, crops[::4]) > linear_loss(val.linear.to(run.device), crops[::4]):
             linear.load_state_dict(val.linear.state_dict())
         val.linear.cpu()
@@ -812,13 +842,22 @@ def fit_linear(parts, data, val, cfg, run):
     return None
 
 
-def train_linear(linear, data, cfg, run):
-    """LINEAR_STEPS updates of the linear autoencoder, of four crops each."""
+def train_linear(linear, crops, data, cfg, run):
+    """LINEAR_STEPS updates of the linear autoencoder, of four crops each, in a twentieth of the time at most; of these crops
+    where the scans are not in RAM."""
     opt, told = SOAP(list(linear.parameters()), 0.0), time.monotonic()
+    start, room = told, 0.05 * run.clock.left()
     for k in range(LINEAR_STEPS):
         run.check()
-        opt.param_groups[0]["lr"] = 1e-3 * schedule(k / LINEAR_STEPS, "linear")
-        x = data.__getitems__([(-1 - k, i % len(data)) for i in range(4 * k, 4 * k + 4)])["image"].to(run.device)
+        share = max(k / LINEAR_STEPS, (time.monotonic() - start) / room)
+        if share >= 1:
+            break
+        opt.param_groups[0]["lr"] = 1e-3 * schedule(share, "linear")
+        where = range(4 * k, 4 * k + 4)
+        if data.cached:
+            x = data.__getitems__([(-1 - k, i % len(data)) for i in where])["image"].to(run.device)
+        else:
+            x = torch.stack([crops[i % len(crops)] for i in where]).to(run.device)
         z = linear.encode(x)
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(mix(cfg.seed, k, "linear"))).to(run.device)
         loss = (linear.decode(z + 0.05 * noise) - x).abs().mean()
@@ -859,6 +898,7 @@ def verdict(metrics, start):
 
 def train(cfg):
     """The whole run; returns the metrics of the averaged weights: psnr, psnr_pca, ssim, latent_scale and others."""
+    need("monai", "einops", "nibabel")
     with Run(cfg, RECIPE) as run:
         data, val = open_data(cfg, run)
         parts = build(cfg, run)
@@ -875,17 +915,16 @@ def train(cfg):
         say("Before: " + summary(metrics))
         for batch in run.batches():
             run.advance(train_step(parts, batch, cfg, run))
+            if run.due(every=0.1, at=SAMPLE_MARKS) and not run.over:
+                metrics = assess(parts, val, cfg, run)
+                run.write(lambda: show(val, run))
+                say(f"step {run.step}: {summary(metrics)}")
+                if run.due(at=(0.05,)):
+                    say(verdict(metrics, start))
             if stage_now(cfg, run)[1] != data.size and not run.over:
                 data.size = stage_now(cfg, run)[1]
                 say(f"step {run.step}: a new stage begins, with crops of {' x '.join(map(str, data.size))}")
                 run.renew()
-            if run.due(every=0.1, at=(0.05,)) and not run.over:
-                metrics = assess(parts, val, cfg, run)
-                say(f"step {run.step}: {summary(metrics)}")
-                if run.due(at=(0.05,)):
-                    say(verdict(metrics, start))
-            if run.due(at=SAMPLE_MARKS):
-                run.write(lambda: show(val, run))
         metrics = run.finish(wrap_up(parts, val, cfg, run))
         say(f"{summary(metrics)} after {run.step} updates. The weights (model.pt) and pictures are in {run.folder}")
         return metrics
@@ -913,89 +952,91 @@ def load(run_dir, device="cpu"):
     return model.to(device).eval()
 
 
-def encode_scan(model, x, cfg, run):
+def encode_scan(model, volume, cfg, run):
     """Latents float32 [c, w / f, h / f, d / f] of a scan [w, h, d] in 0..1, window by window."""
-    size, f = stages_of(cfg)[-1][1], model.factor
-    whole = torch.from_numpy(np.ascontiguousarray(x, np.float32))[None, None]
-    whole = F.pad(whole, [v for s in reversed(x.shape) for v in (0, -s % f)], mode="replicate")
 
     def one(part):
         with torch.no_grad(), run.autocast():
             return model.encode(part.to(run.device))[0].float().cpu()
 
-    return windows(one, whole, size, cfg.overlap)[0]
+    return windows(one, volume[None], stages_of(cfg)[-1][1], cfg.overlap, model.factor)
 
 
 def decode_latent(model, z, cfg, run):
-    """A scan [w, h, d] of latents [c, w / f, h / f, d / f], window by window."""
-    size = [s // model.factor for s in stages_of(cfg)[-1][1]]
+    """A scan [w, h, d] in 0..1 of latents [c, w / f, h / f, d / f], window by window."""
 
     def one(part):
         with torch.no_grad(), run.autocast():
             return model.decode(part.to(run.device)).float().cpu()
 
-    return windows(one, z[None], size, cfg.overlap)[0, 0].clamp(0, 1)
+    size = [s // model.factor for s in stages_of(cfg)[-1][1]]
+    return windows(one, z, size, cfg.overlap, enlarge=model.factor)[0].clamp(0, 1)
 
 
 def use(cfg):
-    """--reconstruct, --encode or --decode files; writes beside the run, into <run folder>/volumes; returns the paths."""
+    """--reconstruct, --encode or --decode files; writes into <run folder>/volumes; returns the paths. In a folder a file that
+    cannot be used is named and left out."""
+    need("monai", "nibabel")
     import nibabel
 
     folder = Path(cfg.out_dir or f"results/{RECIPE}").expanduser()
     if not cfg.out_dir and not (folder / "settings.json").exists():
         folder = folder.with_name(folder.name + "-demo")
     run = Run(cfg, RECIPE)
+    guard(run)
     model = load(folder, run.device)
     own, what = model.cfg, next(n for n in ("reconstruct", "encode", "decode") if getattr(cfg, n))
     own.overlap, kinds, paths = cfg.overlap, (".npz",) if cfg.decode else VOLUMES, []
     source = Path(getattr(cfg, what)).expanduser()
-    files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.name.lower().endswith(kinds))
+    if not source.exists():
+        raise RecipeError(f"--{what} {source}: there is no such file or folder.", 2)
+    alone = source.is_file()
+    files = [source] if alone else [p for p in sorted(source.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in files if p.name.lower().endswith(kinds) and (alone or folder / "volumes" not in p.parents)]
     if not files:
-        raise RecipeError(f"--{what} {source}: there is no file that ends in {' '.join(kinds)}.", 2)
+        raise RecipeError(f"--{what} {source}: it takes files that end in {' '.join(kinds)}, or a folder of them.", 2)
     (folder / "volumes").mkdir(exist_ok=True)
     for file in files:
-        target = folder / "volumes" / re.sub(r"(\.nii|\.nii\.gz|\.npy|-latent\.npz|\.npz)$", "", file.name)
+        name = file.name if alone else "-".join(file.relative_to(source).parts)
+        name = re.sub(r"(\.nii|\.nii\.gz|-latent\.npz)$", "", name.replace(".npy", "-npy") if not alone else name)
         try:
-            if cfg.decode:
-                with np.load(file, allow_pickle=False) as state:
-                    z, low, high, shape, affine = (state[k] for k in ("latent", "low", "high", "shape", "affine"))
-                if z.ndim != 4 or len(z) != model.channels:
-                    raise ValueError(f"its latent has the shape {z.shape}, and this model takes [{model.channels}, w, h, d]")
-            else:
-                volume, affine = read_volume(file, own)
-                x, low, high = scale(volume)
-                affine, shape = np.eye(4) if affine is None else affine, volume.shape
-        except (*UNREADABLE, KeyError, zipfile.BadZipFile) as e:
-            raise RecipeError(f"{file}: {e}.") from None
-        if cfg.encode:
-            z = encode_scan(model, x, own, run).numpy()
-            target = target.with_name(target.name + "-latent.npz")
-            about = {"low": low, "high": high, "shape": shape, "affine": affine, "latent_scale": float(model.latent_scale)}
-            write_aside(target, lambda f, z=z, about=about: np.savez(f, latent=z, **about))
-        else:
-            if cfg.decode:
-                again = decode_latent(model, torch.from_numpy(z), own, run)
-            else:
-                again = there_and_back(model, x, own, run)
-            again = again.numpy()[tuple(slice(int(s)) for s in shape)] * (float(high) - float(low)) + float(low)
-            target = target.with_name(f"{target.name}-{what}ed.nii.gz" if what != "decode" else f"{target.name}-decoded.nii.gz")
-            image = nibabel.Nifti1Image(again.astype(np.float32), affine)
-            with tempfile.TemporaryDirectory(dir=folder / "volumes") as aside:
-                nibabel.save(image, Path(aside) / target.name)
-                write_aside(target, lambda f, p=Path(aside) / target.name: f.write(p.read_bytes()))
-        paths.append(target)
-        quality = (
-            f": {float(psnr(torch.from_numpy(scale_to(again, low, high))[None], torch.from_numpy(x)[None])):.2f} dB"
-            if what == "reconstruct"
-            else ""
-        )
-        say(f"{file.name} -> {target}{quality}")
+            paths.append(use_file(file, re.sub(r"\.(npy|npz)$", "", name), what, model, own, run, folder / "volumes", nibabel))
+        except (*UNREADABLE, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
+            if alone:
+                raise RecipeError(f"{file}: {e}.") from None
+            say(f"{file} is left out: {e}.")
     return paths
 
 
-def scale_to(volume, low, high):
-    """A scan in its own values back in 0..1."""
-    return np.asarray((volume - low) / (high - low), np.float32)
+def use_file(file, name, what, model, cfg, run, folder, nibabel):
+    """One file of `use`; returns the path of what was written. Raises one of `UNREADABLE` for a file that cannot be used."""
+    if what == "decode":
+        with np.load(file, allow_pickle=False) as state:
+            z, low, high, shape, affine = (state[k] for k in ("latent", "low", "high", "shape", "affine"))
+        if z.ndim != 4 or len(z) != model.channels:
+            raise ValueError(f"its latent has the shape {z.shape}, and this model takes [{model.channels}, w, h, d]")
+        again = decode_latent(model, np.asarray(z, np.float32), cfg, run)
+    else:
+        volume, affine = read_volume(file, cfg)
+        (x, low, high), shape = scale(volume), volume.shape
+        affine = np.eye(4) if affine is None else affine
+    if what == "encode":
+        target, z = folder / f"{name}-latent.npz", encode_scan(model, x, cfg, run).numpy()
+        about = {"low": low, "high": high, "shape": shape, "affine": affine, "latent_scale": float(model.latent_scale)}
+        write_aside(target, lambda f: np.savez(f, latent=z, **about))
+        say(f"{file.name} -> {target}")
+        return target
+    if what == "reconstruct":
+        again = there_and_back(model, x, cfg, run)
+        quality = f": {float(psnr(again[None], torch.from_numpy(x)[None])):.2f} dB"
+    values = again.numpy()[tuple(slice(int(s)) for s in shape)] * (float(high) - float(low)) + float(low)
+    target = folder / f"{name}-{what}{'d' if what == 'decode' else 'ed'}.nii.gz"
+    image = nibabel.Nifti1Image(values.astype(np.float32), affine)
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        nibabel.save(image, Path(aside) / target.name)
+        write_aside(target, lambda f: f.write((Path(aside) / target.name).read_bytes()))
+    say(f"{file.name} -> {target}{quality if what == 'reconstruct' else ''}")
+    return target
 
 
 if __name__ == "__main__":

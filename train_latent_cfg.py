@@ -408,6 +408,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention over all positions of [n, width, h, w], added to it; starts as the identity."""
 
+    products = True  # not in a run that is planned for a card
+
     def __init__(self, width, head=64):
         super().__init__()
         self.heads = next(n for n in range(max(1, width // head), 0, -1) if width % n == 0)
@@ -419,7 +421,7 @@ class Attention(nn.Module):
         n, c, h, w = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
         q, k, v = self.qkv(tokens).view(n, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if x.device.type == "cpu":  # products in bf16 take half the time of PyTorch's kernel for processors
+        if self.products and x.device.type == "cpu":  # products in bf16 take half the time of PyTorch's kernel for processors
             out = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -684,6 +686,8 @@ def build(cfg, run):
         raise RecipeError(f"The VAE in {cfg.vae} makes a position of {outer.factor} pixels; add --factor {outer.factor}.", 2)
     with run.device:
         codec, net = make_codec(cfg, outer), make_net(cfg) if cfg.stage != "encoder" else None
+    for part in (m for m in (net.modules() if net else ()) if isinstance(m, Attention)):
+        part.products = run.kind == "cpu"
     parts = Parts(codec=codec)
     if cfg.encoder_weights:
         load_encoder(codec, cfg)

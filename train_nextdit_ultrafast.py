@@ -315,7 +315,13 @@ def attend(q, k, v, mask=None, scale=None):
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (a.repeat_interleave(groups, 1) if groups > 1 else a for a in (k, v))
-    if q.device.type == "cpu" and q.dtype is torch.bfloat16 and mask is None and q.shape[2] * k.shape[2] <= 512**2:
+    if (
+        Attention.products
+        and q.device.type == "cpu"
+        and q.dtype is torch.bfloat16
+        and mask is None
+        and q.shape[2] * k.shape[2] <= 512**2
+    ):
         # on processors PyTorch's kernel takes twice the time of plain products in bf16
         weights = torch.bmm((q * (scale or q.shape[-1] ** -0.5)).flatten(0, 1), k.flatten(0, 1).mT).softmax(-1)
         return torch.bmm(weights, v.flatten(0, 1)).view(q.shape).transpose(1, 2)
@@ -327,7 +333,7 @@ def attend(q, k, v, mask=None, scale=None):
 class Attention(nn.Module):
     """Self-attention with grouped keys, QK-norm and RoPE; plus gated attention to the caption y where there is one."""
 
-    flash = None
+    flash, products = None, True  # a run planned for a card has no products
 
     def __init__(self, dim, heads, kv_heads, qk_norm, y_dim):
         super().__init__()
@@ -701,6 +707,7 @@ def show(velocity, val, cfg, run, count=8, steps=0):
 def pick_attention(run):
     """Take flash-attn where it is installed and the card has it; else PyTorch's attention. Returns the choice as a text."""
     Attention.flash, name = None, "PyTorch's, which chooses the kernel (nothing is padded)"
+    Attention.products = run.kind == "cpu"
     if (
         run.kind == "cuda"
         and not run.planned

@@ -68,7 +68,8 @@ BAD = {
     "time": (np.zeros((8, 8, 8, 3), np.float32), "save one of its volumes"),
     "nan": (np.full((16, 16, 8), np.nan, np.float32), "100.00% of its voxels are NaN"),
     "constant": (np.full((16, 16, 8), 7, np.float32), "it is constant: every voxel is 7"),
-    "thin": (scan(0, (16, 16, 3)), "16 x 16 x 3 voxels are less than half of the crop in an axis: try --target_size 16,16,8"),
+    "thin": (scan(0, (16, 16, 3)), "16 x 16 x 3 voxels are too thin for this network: leave it out"),
+    "narrow": (scan(0, (16, 7, 16)), "16 x 7 x 16 voxels are less than half of the crop in an axis: try --target_size 16,8,8"),
 }
 
 
@@ -301,7 +302,7 @@ def test_a_missing_perceptual_network_is_one_sentence(config, monkeypatch):
     with pytest.raises(
         common.RecipeError, match=r"needs lpips, torchvision .*No module named 'lpips'.*leave --perceptual away"
     ):
-        recipe.train(config(perceptual=0.001))
+        recipe.train(config(perceptual=0.001, target_size="20,20,20"))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -407,10 +408,61 @@ def test_the_latent_scale_makes_latents_of_deviation_one(config, scans, tmp_path
 def test_windows_leave_no_seams(config):
     """Windows through a network that adds a random brightness to each: steps at their borders would be seen."""
     rng = torch.Generator().manual_seed(0)
-    x = torch.zeros(1, 1, 112, 32, 32)
+    x = np.zeros((1, 112, 32, 32), np.float32)
     out = recipe.windows(lambda part: part + torch.rand(1, generator=rng), x, (64, 32, 32), 0.25)
-    jump = max(out.diff(dim=d).abs().max() for d in (2, 3, 4))
-    assert out.max() - out.min() > 0.2 and jump < 0.5 * (out.max() - out.min())
+    jump = max(out.diff(dim=d).abs().max() for d in (1, 2, 3))
+    assert out.shape == x.shape and out.max() - out.min() > 0.2 and jump < 0.2 * (out.max() - out.min())
+
+
+@pytest.mark.parametrize("shape, size", [((40, 24, 12), (16, 16, 8)), ((52, 10, 12), (64, 16, 32)), ((31, 17, 9), (16, 16, 8))])
+def test_windows_meet_the_latents_grid(shape, size):
+    """Means of 4 x 4 x 4 voxels, window by window: as of the whole scan, for any size of it."""
+    volume = np.random.default_rng(0).random((1, *shape), np.float32)
+    mean = lambda x: F.avg_pool3d(x, 4)  # noqa: E731
+    more = [(0, 0), *((0, max(c, -(-v // 4) * 4) - v) for v, c in zip(shape, size))]
+    whole = mean(torch.from_numpy(np.pad(volume, more, "symmetric"))[None])[0]
+    for overlap in (0.0, 0.25, 0.3, 0.6):
+        out = recipe.windows(mean, volume, size, overlap, factor=4)
+        assert out.shape[1:] == tuple(-(-v // 4) for v in shape)
+        assert torch.allclose(out, whole[(slice(None), *(slice(s) for s in out.shape[1:]))], atol=1e-5)
+    again = recipe.windows(lambda z: F.interpolate(z, scale_factor=4), out.numpy(), [s // 4 for s in size], 0.25, enlarge=4)
+    assert again.shape[1:] == tuple(4 * s for s in out.shape[1:]) and torch.allclose(again[:, ::4, ::4, ::4], out, atol=1e-5)
+
+
+def test_a_run_stopped_while_the_linear_autoencoder_learns_begins_anew(config, tmp_path, monkeypatch):
+    recipe.train(config(out_dir=str(tmp_path / "whole")))
+    own = recipe.train_linear
+
+    def stopping(linear, crops, data, cfg, work):
+        work.asked = "SIGTERM"
+        own(linear, crops, data, cfg, work)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "train_linear", stopping)
+        with pytest.raises(common.Stopped, match="before the first update"):
+            recipe.train(config())
+    assert not (tmp_path / "run" / "last.pt").exists()
+    recipe.train(config())
+    same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
+
+
+def test_thin_scans_are_judged_whole(config, tmp_path):
+    (tmp_path / "thin").mkdir()
+    for k in range(5):
+        save(scan(k, (20, 20, 5)), tmp_path / "thin" / f"s{k}.nii.gz")
+    metrics = recipe.train(config(data_dir=str(tmp_path / "thin"), num_steps=1))
+    assert 0 < metrics["ssim_scan"] <= 1
+
+
+def test_a_whole_folder_is_used_file_by_file(config, scans, tmp_path, capsys):
+    recipe.train(config(data_dir=str(scans), num_steps=1))
+    for place in ("sub-01", "sub-02"):
+        (tmp_path / "bids" / place).mkdir(parents=True)
+        save(scan(1), tmp_path / "bids" / place / "T1.nii.gz")
+    (tmp_path / "bids" / "broken.nii.gz").write_bytes(b"x")
+    paths = recipe.use(config(reconstruct=str(tmp_path / "bids")))
+    assert [p.name for p in paths] == ["sub-01-T1-reconstructed.nii.gz", "sub-02-T1-reconstructed.nii.gz"]
+    assert "broken.nii.gz is left out: cannot be read" in capsys.readouterr().out
 
 
 def test_using_the_model_on_files(config, scans, tmp_path, capsys):
@@ -436,10 +488,8 @@ def test_using_the_model_on_files(config, scans, tmp_path, capsys):
     assert nibabel.load(decoded).shape == original.shape
     assert np.corrcoef(nibabel.load(decoded).get_fdata().ravel(), values.ravel())[0, 1] > 0.9
     assert len(recipe.use(config(encode=str(scans)))) == 6
-    for words, flags in {
-        "no file that ends in .npz": {"decode": str(scans)},
-        "cannot be read": {"reconstruct": __file__},
-    }.items():
+    wrong = {"takes files that end in .npz": {"decode": str(scans)}, "takes files that end in .nii": {"reconstruct": __file__}}
+    for words, flags in (wrong | {"no such file": {"encode": "nowhere.nii"}}).items():
         with pytest.raises(common.RecipeError, match=words):
             recipe.use(config(**flags))
     np.savez(tmp_path / "other.npz", a=1)
