@@ -315,13 +315,8 @@ def attend(q, k, v, mask=None, scale=None):
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     groups = q.shape[1] // k.shape[1]
     k, v = (a.repeat_interleave(groups, 1) if groups > 1 else a for a in (k, v))
-    if (
-        Attention.products
-        and q.device.type == "cpu"
-        and q.dtype is torch.bfloat16
-        and mask is None
-        and q.shape[2] * k.shape[2] <= 512**2
-    ):
+    small = q.dtype is torch.bfloat16 and mask is None and q.shape[2] * k.shape[2] <= 512**2
+    if small and Attention.products and q.device.type == "cpu":
         # on processors PyTorch's kernel takes twice the time of plain products in bf16
         weights = torch.bmm((q * (scale or q.shape[-1] ** -0.5)).flatten(0, 1), k.flatten(0, 1).mT).softmax(-1)
         return torch.bmm(weights, v.flatten(0, 1)).view(q.shape).transpose(1, 2)

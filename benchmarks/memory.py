@@ -69,27 +69,27 @@ def near(device):
     return rows
 
 
-@contextlib.contextmanager
 def random_lpips():
-    """lpips with random weights, and torchvision without its own operators, which its PyPI build lacks beside a CPU torch."""
+    """Have lpips make its network with random weights, and torchvision work without its own operators, which its PyPI build
+    lacks beside a CPU torch. To be called before MONAI is imported; returns what must be kept, None where lpips is missing."""
     library = torch.library.Library("torchvision", "DEF")
-    with contextlib.suppress(RuntimeError):
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # a torchvision that has its own
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
         import lpips
     except ImportError:
-        yield False
-        return
+        return None
     models = lpips.pretrained_networks.tv
-    plain = {name: getattr(models, name) for name in ("squeezenet1_1",)}
+    make = models.squeezenet1_1
     lpips.pretrained_networks.tv = types.SimpleNamespace(
-        **vars(models) | {name: lambda pretrained=True, net=net: net(weights=None) for name, net in plain.items()}
+        **vars(models) | {"squeezenet1_1": lambda pretrained=True: make(weights=None)}
     )
-    yield True
+    return library
 
 
-def claims():
-    """Rows {claim, claimed, predicted} of the guide; bytes of live tensors at the peak, on a T4."""
+def claims(there):
+    """Rows {claim, claimed, from, to} of the guide; bytes of live tensors at the peak, on a T4. `there`: of `random_lpips`."""
 
     def peak(*more):
         return planner.predict(planner.Plan(), [*GUIDE.split(), *" ".join(more).split()], "cuda", (7, 5))["peak"]
@@ -100,7 +100,12 @@ def claims():
     rows = [
         {"claim": "AMP", "claimed": "saves about 50 %", "from": full, "to": amp},
         {"claim": "AMP with norms in half precision too", "claimed": "", "from": full, "to": half},
-        {"claim": "checkpointing, here block by block", "claimed": "saves 30-40 %", "from": half, "to": peak()},
+        {
+            "claim": "checkpointing, here block by block",
+            "claimed": "saves 30-40 %",
+            "from": half,
+            "to": peak("--checkpointing"),
+        },
         {
             "claim": "channels 16,32,64 for 32,64,64",
             "claimed": "saves 30-50 %",
@@ -112,22 +117,21 @@ def claims():
     gan = "--gan 0.01 --disc"
     big, small = peak(low, gan, "3,32"), peak(low, gan, "2,16")
     rows.append({"claim": "a smaller discriminator", "claimed": "saves 200-400 MB", "from": big, "to": small})
-    with random_lpips() as there:
-        seen = "--perceptual 0.001" if there else ""
-        if there:
-            rows.append({"claim": "perceptual loss", "claimed": "costs 300-500 MB", "from": half, "to": peak(low, seen)})
-        for name, claimed, flags, ours in (
-            ("A, 24 GB", "10-14 GB", f"{gan} 2,16 --accumulate 4", ""),
-            (
-                "B, 32 GB",
-                "18-22 GB",
-                f"{low} {gan} 3,32 --channels 24,48,64 --batch_size 2 --accumulate 2 {seen}",
-                "--checkpointing",
-            ),
-            ("C, 40 GB", "fits 40 GB", f"{low} {gan} 3,32 --channels 32,64,128 --batch_size 4 {seen}", "--checkpointing"),
-        ):
-            rows.append({"claim": f"configuration {name}", "claimed": claimed, "from": peak(flags, "--no-half_norm"),
-                "to": peak(flags, ours)})  # fmt: skip
+    seen = "--perceptual 0.001" if there else ""
+    if there:
+        rows.append({"claim": "perceptual loss", "claimed": "costs 300-500 MB", "from": half, "to": peak(low, seen)})
+    for name, claimed, flags, ours in (
+        ("A, 24 GB", "10-14 GB", f"--checkpointing {gan} 2,16 --accumulate 4", ""),
+        (
+            "B, 32 GB",
+            "18-22 GB",
+            f"{low} {gan} 3,32 --channels 24,48,64 --batch_size 2 --accumulate 2 {seen}",
+            "--checkpointing",
+        ),
+        ("C, 40 GB", "fits 40 GB", f"{low} {gan} 3,32 --channels 32,64,128 --batch_size 4 {seen}", "--checkpointing"),
+    ):
+        rows.append({"claim": f"configuration {name}", "claimed": claimed, "from": peak(flags, "--no-half_norm"),
+            "to": peak(flags, ours)})  # fmt: skip
     for row in rows:
         print(f"{row['claim']}: {row['claimed']}: {row['from'] / GIB:.2f} -> {row['to'] / GIB:.2f} GiB", flush=True)
     return rows
@@ -144,7 +148,8 @@ def main():
         "torch": torch.__version__,
         "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
     }
-    out |= {"date": time.strftime("%F"), "rows": near(device), "claims": claims()}
+    there = random_lpips()
+    out |= {"date": time.strftime("%F"), "claims": claims(there), "rows": near(device)}
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
 

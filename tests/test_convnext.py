@@ -711,7 +711,7 @@ def test_seventy_percent_in_a_minute(tmp_path):
     if not (REAL / "cifar10_10k_2k.npz").exists():
         pytest.skip("shared/data is not here")
     start = time.monotonic()
-    words = [sys.executable, str(ROOT / "train_convnext.py"), "--use_amp", "--arch", "baseline", "--num_steps", "240"]
+    words = [sys.executable, str(ROOT / "train_convnext.py"), "--use_amp", "--arch", "baseline", "--num_steps", "200"]
     words += ["--data_dir", str(REAL / "cifar10_10k_2k.npz"), "--out_dir", str(tmp_path / "run")]
     done = run(words, OMP_NUM_THREADS="2", timeout=300)
     assert done.returncode == 0 and time.monotonic() - start < 60 * slowness(), done.stderr

