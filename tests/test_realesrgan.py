@@ -482,7 +482,7 @@ def test_sizes_are_checked(tmp_path):
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["cuda"])
 @pytest.mark.parametrize("changes", [{}, {"degradation": "real", "gan": True}, {"preset": "full", "scale": 2, "grow": True}])
 def test_the_contract_runs_on_fake_tensors(kind, changes):
     cfg = recipe.Config(batch_size=2, accumulate=2, target_size=32, **changes)
@@ -726,6 +726,7 @@ def test_a_run_stopped_in_the_second_stage_continues_bit_for_bit(quick, tmp_path
     same(checkpoint(tmp_path / "whole")["parts"], checkpoint(tmp_path / "cut")["parts"])
 
 
+@pytest.mark.slow
 def test_two_processes_train_network_and_discriminator(tmp_path):
     """Their discriminators see halves of a batch, so the figures are near those of one process, not the same bits."""
     words = "--target_size 32 --num_steps 4 --gan --gan_share 0.5 --val_images 1 --no-use_amp --device cpu".split()
