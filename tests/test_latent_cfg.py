@@ -383,6 +383,7 @@ def test_example_batch_is_like_a_real_one(config):
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_an_ignored_class_is_told(config, monkeypatch, capsys):
     """The planted bug: the class never reaches the network in training."""
     more = {"num_steps": 60, "learning_rate": 5e-3, "class_drop": 0.1}
@@ -418,6 +419,7 @@ def test_classes_that_never_reach_training_are_told(config, monkeypatch, capsys)
     assert "The class is ignored" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_planted_copies_are_told(config, monkeypatch, capsys):
     """Samples that are training images, a little brighter and mirrored; real held-out ones are no copies."""
     metrics = recipe.train(config())

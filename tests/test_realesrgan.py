@@ -515,7 +515,7 @@ def textures_batch(cfg, n):
     return recipe.Crops(items, cfg).__getitems__([(0, i) for i in range(n)])
 
 
-@pytest.mark.parametrize("scale", [1, 2, 4])
+@pytest.mark.parametrize("scale", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
 def test_one_batch_can_be_learned(scale):
     cfg = recipe.Config(batch_size=2, target_size=64, device="cpu", use_amp=False, scale=scale, degradation="light")
     run = Run(cfg)
@@ -568,6 +568,7 @@ def test_the_stages_are_functions_of_progress():
     assert rates[0] == pytest.approx(1) and rates[1] < 1e-3 and 0.05 < rates[3] <= 0.1 and rates[4] < 1e-3
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_what_the_network_makes_and_pushes_it():
     cfg = recipe.Config(gan=True, gan_share=1.0, target_size=32, batch_size=4, device="cpu", use_amp=False, learning_rate=0)
     run, losses = Run(cfg), []

@@ -150,7 +150,7 @@ def test_draws_are_made_for_the_whole_update_and_sliced(config, monkeypatch):
     same(torch.cat(parts), expected)
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "SOAP"])
+@pytest.mark.parametrize("optimizer", ["SGD", pytest.param("SOAP", marks=pytest.mark.slow)])
 def test_two_processes_give_the_weights_of_one(srcnn, config, images, tmp_path, monkeypatch, optimizer):
     """With SOAP, the second process alone is asked to stop in update 8: both leave, and the same command continues."""
     if optimizer == "SGD":  # adds up nothing but the gradients
