@@ -358,6 +358,11 @@ def uniforms(seed, epoch, index, count):
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def evenly(n, most):
+    """At most so many of range(n), evenly chosen."""
+    return [i * n // min(n, most) for i in range(min(n, most))]
+
+
 @functools.lru_cache(4)
 def epoch_order(n, seed, epoch):
     """The shuffled order of n samples in an epoch: a pure function, so that resuming needs no state."""

@@ -115,9 +115,7 @@ class CudaRules(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func is torch.Tensor.backward
-        ):  # recomputed blocks need the mode, which is off while it handles a function of tensors
+        if func is torch.Tensor.backward:  # recomputed blocks need the mode, which is off while it handles a function
             edge, seed = torch.autograd.graph.get_gradient_edge(args[0]), torch.ones_like(args[0])
             with self:
                 return torch.autograd.backward((edge,), (seed,))
@@ -355,10 +353,6 @@ def follow(recipe, cfg, plan, run_of, live):
     found["building"] = live.found()
     disk = sum(bytes_of(parts.state_dict()))
     for name, own, run.progress in phases_of(cfg, plan):
-        own = filled(own, plan) if own is not cfg else cfg
-        for field in ("channels", "names"):  # what `build` has found
-            if own is not cfg and hasattr(cfg, field):
-                setattr(own, field, getattr(cfg, field))
         live.begin("batch")
         batch = recipe.example_batch(own, run)
         live.kind = "activations"
@@ -471,9 +465,6 @@ def measure_here(plan, words):
         nonlocal seconds
         parts = recipe.build(cfg, run)
         for _, own, run.progress in phases_of(cfg, plan):
-            for field in ("channels", "names"):
-                if own is not cfg and hasattr(cfg, field):
-                    setattr(own, field, getattr(cfg, field))
             batch, spent = recipe.example_batch(own, run), []
             for _ in range(3 if card else 1):
                 start = time.perf_counter()

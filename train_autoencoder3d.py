@@ -34,9 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, load_tensors, main, mix, open_records, opt,
-        picture, read_json, save_tensors, say, schedule, uniforms, with_state,
-        write_aside,
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, evenly, load_tensors, main, mix, open_records,
+        opt, picture, read_json, save_tensors, say, schedule, uniforms, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -110,8 +109,9 @@ def settle(cfg):
     """Fill what the preset, the card and 0 leave to the script. RecipeError for settings that do not fit each other."""
     card = torch.cuda.is_available() and cfg.device not in ("cpu", "mps")
     if cfg.preset == "auto":
-        number = int(cfg.device.partition(":")[2] or 0)
-        room = torch.cuda.get_device_properties(number).total_memory / 2**30 if card else 0
+        room, number = 0, re.fullmatch(r"auto|cuda(?::(\d+))?", cfg.device)
+        with contextlib.suppress(AssertionError, RuntimeError):  # a card that is not there: `Run` says so
+            room = torch.cuda.get_device_properties(int(number[1] or 0)).total_memory / 2**30 if card and number else 0
         cfg.preset = next((name for name in reversed(PRESETS) if room >= 0.9 * int(name[:-2])), "8gb")
         if not card:
             cfg.batch_size, cfg.accumulate = cfg.batch_size or 1, cfg.accumulate or 1
@@ -320,7 +320,7 @@ def open_data(cfg, run):
     for i in range(n):  # on a line through each scan, from corner to corner in another order of the axes
         few = len(range(i, cfg.val_crops, n))
         for k in range(few):
-            u = [((k + 0.5) / few * (1, 1, 1)[a] * (1, 3, 2)[a] + 0.29 * a) % 1 for a in range(3)]
+            u = [((k + 0.5) / few * (1, 3, 2)[a] + 0.29 * a) % 1 for a in range(3)]
             crops.append(torch.from_numpy(cut(others[i], size, u).astype(np.float32))[None])
     val = types.SimpleNamespace(crops=torch.stack(crops), items=others, names=[name_of(r) for r in held])
     if run.main:
@@ -882,11 +882,6 @@ def linear_loss(linear, crops):
     return sum(float((linear.decode(linear.encode(x)) - x).abs().mean()) for x in crops)
 
 
-def evenly(n, most):
-    """At most so many of range(n), evenly chosen."""
-    return [i * n // min(n, most) for i in range(min(n, most))]
-
-
 def summary(metrics):
     """The figures in one line."""
     return "{psnr:.2f} dB, patch PCA {psnr_pca:.2f} dB, SSIM {ssim:.4f}".format(**metrics)
@@ -916,6 +911,9 @@ def train(cfg):
         weights = sum(p.numel() for p in parts.model.parameters()) / 1e6
         say(f"{weights:.2f} million weights, latents {cfg.latent_channels} x 1/{parts.model.factor} of each side, crops of "
             f"{' x '.join(map(str, data.size))}, {len(data.items)} scans and {len(val.items)} held out.")  # fmt: skip
+        if cfg.stages.endswith("perceptual"):
+            say(f"--stages: the last stage keeps crop {','.join(map(str, stages_of(cfg)[-1][1]))}, whatever --target_size is"
+                f"{'.' if cfg.perceptual else '; its perceptual loss is off, --perceptual 0.001 turns it on.'}")  # fmt: skip
         metrics = start = wrap_up(parts, val, cfg, run)
         say("Before: " + summary(metrics))
         for batch in run.batches():

@@ -44,8 +44,8 @@ from PIL import Image, ImageDraw
 
 try:
     from common import (  # isort: skip
-        EMA, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, find_images, free_memory, load_tensors, main, mix,
-        open_records, opt, picture, read_image, read_json, read_table, save_tensors, say, square, with_state, write_aside,
+        EMA, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, evenly, find_images, free_memory, load_tensors, main,
+        mix, open_records, opt, picture, read_image, read_json, read_table, save_tensors, say, square, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -258,12 +258,6 @@ def label_of(record):
 def natural(text):
     """A key that sorts ID_2 before ID_10."""
     return [(int(part), "") if part.isdigit() else (0, part.lower()) for part in re.split(r"(\d+)", text)], text
-
-
-# Copied from train_latent_cfg.py::evenly
-def evenly(n, most):
-    """At most so many of range(n), evenly chosen."""
-    return [i * n // min(n, most) for i in range(min(n, most))]
 
 
 def load_picture(record, size):

@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw
 try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, VAE, Items, Parts, RecipeError, Run, Settings, cached_latents, colour, copy_rate,
-        load_tensors, main, mirrored, mix, open_records, opt, picture, read_image, read_json, save_tensors, say, square,
+        evenly, load_tensors, main, mirrored, mix, open_records, opt, picture, read_image, read_json, save_tensors, say, square,
         uniforms, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
@@ -251,11 +251,6 @@ def open_data(cfg, run):
 def thumbs(images):
     """uint8 images [n, 3, s, s] as floats [n, 3, 32, 32]."""
     return torch.cat([F.interpolate(part.float(), (32, 32), mode="area") for part in images.cpu().split(64)])
-
-
-def evenly(n, most):
-    """At most so many of range(n), evenly chosen."""
-    return [i * n // min(n, most) for i in range(min(n, most))]
 
 
 # --- encoder: images <-> latents ------------------------------------------------------------------------------------------

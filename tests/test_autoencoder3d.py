@@ -268,6 +268,7 @@ def test_wrong_sizes_are_sentences(config):
         ("stages", "8,8@0.5"): "--stages has '8,8@0.5'",
         ("stages", "8,8,8@0.5 16,16,8@0.4"): "--stages has '16,16,8@0.4'",
         ("disc", "2"): "layers and width",
+        ("target_size", "16,16,9", "device", "cuda:x"): "Try 16,16,8",  # and no traceback about the device before
     }.items():
         with pytest.raises(common.RecipeError, match=words):
             config(**dict(zip(changes[::2], changes[1::2])))
@@ -382,9 +383,13 @@ def loose(cfg, own):
     cfg.gan = weight
 
 
-def test_the_guides_stages():
+def test_the_guides_stages(config, capsys):
     cfg = recipe.Config(stages="guide", target_size="64,64,32")
     assert [s[:2] for s in recipe.stages_of(cfg)] == [(0.2, (128, 128, 64)), (0.6, (256, 256, 64)), (1.0, (256, 256, 64))]
+    words = {"stages": "8,8,8@0.5 perceptual", "num_steps": 1, "target_size": "16,16,8", "val_scans": 0}
+    recipe.train(config(**words))
+    out = capsys.readouterr().out
+    assert "keeps crop 8,8,8, whatever --target_size is; its perceptual loss is off" in out
     cfg.perceptual = 0.001
     assert [s[2] for s in recipe.stages_of(cfg)] == [False, False, True]
 
