@@ -21,11 +21,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -107,6 +109,7 @@ class Settings:
     compile: bool = opt(False, "torch.compile; runs eagerly where it fails")
     patience: int = opt(0, "evaluations without a better result before the run anneals and ends; 0: off", low=0)
     seed: int = opt(0, "seed of everything random", fixed=True, low=0)
+    mirror_dir: str = opt("", "second folder, e.g. on a network drive, to which each save is copied too")
     num_workers: int = opt(-1, "processes that load data; -1: none for cached data, else up to 4", low=-1)
     device: str = opt("auto", "auto, cpu, mps, cuda or cuda:1")
     continue_from: str = opt("", "run folder (may be read-only) that an empty out_dir continues")
@@ -441,8 +444,11 @@ def write_aside(path, write, check=None):
         if check:
             check(part)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as e:
+        if isinstance(e, OSError) and e.errno:
+            e.filename = e.filename or str(path)  # a full disk does not say where
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
 
 
@@ -454,9 +460,15 @@ def write_json(path, value):
 def read_json(path):
     """The dict in a JSON file; an empty one where there is no file or it is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError, RecursionError):
         return {}
+
+
+def read_settings(folder):
+    """What settings.json of a run folder holds, or its copy in code/ where it is damaged; an empty dict without any."""
+    return read_json(Path(folder) / "settings.json") or read_json(Path(folder) / "code" / "settings.json")
 
 
 def check_zip(path):
@@ -472,9 +484,37 @@ def save_tensors(path, state):
 
 
 def load_tensors(path, device="cpu"):
-    """What `save_tensors` wrote, on `device`. Any damage raises; code in the file is never run."""
-    check_zip(path)
-    return torch.load(path, map_location=device, weights_only=True)
+    """What `save_tensors` wrote, on `device`. OSError where it cannot be read, ValueError where it is damaged or is something
+    else; code in the file is never run."""
+    try:
+        check_zip(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:
+        if isinstance(e, OSError) or is_out_of_memory(e):
+            raise
+        raise ValueError(str(e).strip().split("\n")[0][:200] or type(e).__name__) from e
+
+
+@contextlib.contextmanager
+def trained_weights(run_dir, recipe, config, *names):
+    """Context manager for a recipe's `load`: gives (settings of a run, path of the first of its files `names` that is there).
+
+    RecipeError where there is none, and for weights that are damaged, hold code or do not fit: for what raises inside.
+    """
+    about = read_settings(run_dir)
+    path = next((p for p in (Path(run_dir) / name for name in names) if p.exists()), None)
+    if about.get("recipe") != recipe or not isinstance(about.get("settings"), dict) or not path:
+        there = ", ".join(p.name for p in sorted(Path(run_dir).glob("*.pt"))[:9]) or "no weights"
+        raise RecipeError(
+            f"{run_dir} holds no trained model of {recipe}: no {' or '.join(names)} ({there} in it). Train first, or name its "
+            "run folder as --out_dir.", 2)  # fmt: skip
+    if path.name == "best.pt":
+        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
+    try:
+        yield config(**{k: v for k, v in about["settings"].items() if k in config.__dataclass_fields__}), path
+    except (*UNREADABLE, RuntimeError, LookupError, AttributeError, TypeError, pickle.UnpicklingError) as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
+        raise RecipeError(f"{path} holds no network of this run ({why}).", 2) from e
 
 
 def write_weights(path, state, about=None):
@@ -493,6 +533,83 @@ def write_weights(path, state, about=None):
                 raise RecipeError(f"{path.name} did not read back as it was written; is the disk failing?")
 
     return write_aside(path, lambda f: save_file(state, f.name, about), check)
+
+
+class Mirror:
+    """Copies of a run folder's files in a second folder, made by a thread: a drive that is slow, full or gone stops no run.
+
+    A copy is written aside, flushed, read back and compared before it takes its name; the checkpoint before it stays, as
+    previous.pt. What fails is said and tried again with the next save.
+    """
+
+    def __init__(self, source, target, owner):
+        self.source, self.target, self.owner, self.thread, self.copied, self.longest = source, target, owner, None, {}, 0.0
+
+    def stranger(self):
+        """Why the target is not this run's to write into; an empty text where it is."""
+        theirs, used = read_json(self.target / "settings.json"), read_json(self.target / "clock.json").get("used", 0.0)
+        if theirs.get("run") != self.owner and any(not p.name.startswith(".") for p in self.target.iterdir()):
+            return "holds another run or other files"
+        if (mine := read_json(self.source / "clock.json").get("used", 0.0)) < used - HEARTBEAT:
+            return f"holds this run further on, {clock_text(used)} of training against {clock_text(mine)} in {self.source}"
+        return ""
+
+    def start(self):
+        """Begin to copy what has changed; while the copying before still goes on, only say that."""
+        if self.thread and self.thread.is_alive():
+            return say(f"The copying to {self.target} still goes on; this save is not copied.")
+        self.thread = threading.Thread(target=self._copy, daemon=True)
+        return self.thread.start()
+
+    def wait(self, seconds):
+        """Wait until the copying is done, for so many seconds at most."""
+        if self.thread:
+            self.thread.join(seconds)
+            if self.thread.is_alive():
+                say(f"The copying to {self.target} is not done after {clock_text(seconds)} more; {self.source} has everything.")
+
+    def _copy(self):
+        start = time.monotonic()
+        try:
+            self.target.mkdir(exist_ok=True)  # not its parents: where a drive was mounted there is none of ours
+            if why := self.stranger():
+                raise OSError(f"it {why}")
+            for path in sorted(self.source.rglob("*"), key=lambda p: p.name == "last.pt"):  # the last completes it
+                name, first = path.relative_to(self.source), path.relative_to(self.source).parts[0]
+                left_out = first in ("lock", "next.pt", "previous.pt", "latents.pt", "tensorboard") or ".part" in first
+                if left_out or not path.is_file():
+                    continue
+                state = path.stat().st_size, path.stat().st_mtime_ns
+                there = (self.target / name).stat().st_size if (self.target / name).exists() else None
+                if self.copied.get(name) == state and there == state[0]:
+                    continue
+                if self.copied.get(name) and there is None:
+                    say(f"{self.target} did not keep {name}; is that drive full or gone? It is copied again.")
+                self._one(name)
+                self.copied[name] = state
+        except Exception as e:  # whatever a drive may answer: the run itself is not touched by it
+            say(f"No copy in {self.target}: {getattr(e, 'strerror', None) or e}. Training goes on and tries again.")
+        self.longest = max(self.longest, time.monotonic() - start)
+
+    def _one(self, name):
+        target, sums = self.target / name, [hashlib.blake2b(), hashlib.blake2b()]
+
+        def blocks(path, total):
+            with open(path, "rb") as f:
+                while block := f.read(1 << 22):
+                    total.update(block)
+                    yield block
+
+        def check(part):
+            for _ in blocks(part, sums[1]):
+                pass
+            if sums[0].digest() != sums[1].digest():
+                raise OSError(f"{name} did not read back as it was written")
+            if name.name == "last.pt" and target.exists():
+                os.replace(target, target.with_name("previous.pt"))
+
+        target.parent.mkdir(exist_ok=True)
+        write_aside(target, lambda f: [f.write(b) for b in blocks(self.source / name, sums[0])], check)
 
 
 class Parts(types.SimpleNamespace):
@@ -1003,10 +1120,10 @@ def draw_curves(log, path):
     from matplotlib.figure import Figure
 
     rows = {}
-    for line in Path(log).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, KeyError):  # a full disk tears lines
+    for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # a full disk tears lines
             row = json.loads(line)
-            rows[row["step"], "metric" in row] = row  # what a killed session did was done again
+            rows[int(row["step"]), "metric" in row] = row  # what a killed session did was done again
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axis, judged in zip(figure.subplots(1, 2), (False, True)):
         part = [row for (_, is_judged), row in sorted(rows.items()) if is_judged == judged]
@@ -1050,7 +1167,7 @@ class Run:
         self.generator = torch.Generator(self.device)
         self.step, self.progress, self.was, self.begin, self.best, self.stale, self.cut = 0, 0.0, 0.0, 0.0, {}, 0, None
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
-        self.parts = self.data = self.board = self.bar = None
+        self.parts = self.data = self.board = self.bar = self.mirror = None
         self.clock = Clock()
         self.asked, self.saved, self.judged, self.ddp, self.probed, self.sums, self.settings = "", -1, -1, {}, set(), {}, {}
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
@@ -1083,8 +1200,9 @@ class Run:
             if self.world > 1:
                 torch.distributed.barrier()
             started = any((self.folder / name).exists() for name in CHECKPOINTS)
-            self.settings = read_json(self.folder / "settings.json") if started else {}  # nothing is lost by changing them yet
-            past = read_json(self.folder / "clock.json")
+            about = read_settings(self.folder)  # before a checkpoint nothing is lost by changing them
+            self.settings = about if started else {"run": about.get("run")}
+            past = {k: v for k, v in read_json(self.folder / "clock.json").items() if isinstance(v, (int, float))}
             self.clock.before, self.clock.born = past.get("used", 0.0), past.get("born", self.clock.born)
             self._compare()
             if not started and 0 < self.clock.deadline < time.time():
@@ -1105,8 +1223,8 @@ class Run:
         return self
 
     def _open_folder(self, undo):
-        """Check, make and lock the run folder; rename it for --fresh; fill it for --continue_from."""
-        folder, theirs = self.folder, read_json(self.folder / "settings.json").get("recipe")
+        """Check, make and lock the run folder; rename it for --fresh; fill it for --continue_from or from --mirror_dir."""
+        folder, theirs = self.folder, read_settings(self.folder).get("recipe")
         inside = [p for p in folder.iterdir() if p.name != "lock" and p.suffix != ".part"] if folder.is_dir() else []
         strangers = folder.is_file() or inside
         if strangers and theirs != self.recipe:
@@ -1114,26 +1232,63 @@ class Run:
             raise RecipeError(f"{folder} holds {what}; nothing was touched. Choose another --out_dir.", 2)
         if self.cfg.fresh and theirs:
             self._lock().release()  # nobody is in it
-            older = next(p for p in (folder.with_name(f"{folder.name}-old{n}") for n in range(1, 10**6)) if not p.exists())
-            folder.rename(older)
-            say(f"--fresh: the older run is now {older}")
+            self._rename_older(folder)
         folder.mkdir(parents=True, exist_ok=True)
         undo.callback(self._lock().release)
-        for part in folder.glob(".*.part"):
-            part.unlink()  # what a kill left of a write
-        if not (folder / "settings.json").exists():
-            write_json(folder / "settings.json", {"recipe": self.recipe})  # from now on the folder is known as ours
+        for part in folder.glob(".*.part"):  # what a kill left of a write
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        if not read_settings(folder):
+            write_json(
+                folder / "settings.json", {"recipe": self.recipe, "run": os.urandom(8).hex()}
+            )  # known as ours from now on
         source = Path(self.cfg.continue_from).expanduser()
         if self.cfg.continue_from and not any((folder / name).exists() for name in CHECKPOINTS[:2]):
-            names = ("settings.json", "clock.json", "best.pt", "log.jsonl", "previous.pt", "last.pt")  # the last completes it
-            theirs = read_json(source / "settings.json").get("recipe")
+            theirs = read_settings(source).get("recipe")
             if theirs != self.recipe or not any((source / name).exists() for name in CHECKPOINTS):
                 what = f"a run of {theirs}" if theirs not in (None, self.recipe) else "no checkpoint"
                 raise RecipeError(f"--continue_from {source} holds {what}; give the run folder of an earlier session.", 2)
-            for name in (n for n in names if (source / n).exists()):
-                with open(source / name, "rb") as f:
-                    write_aside(folder / name, functools.partial(shutil.copyfileobj, f))
-            say(f"Continuing the run of {source} in {folder}")
+            self._fill(source)
+        if self.cfg.mirror_dir:
+            self._open_mirror(Path(self.cfg.mirror_dir).expanduser())
+
+    def _rename_older(self, folder):
+        older = next(p for p in (folder.with_name(f"{folder.name}-old{n}") for n in range(1, 10**6)) if not p.exists())
+        folder.rename(older)
+        say(f"--fresh: the older run is now {older}")
+
+    def _fill(self, source):
+        """Copy what a run goes on from into the run folder."""
+        names = ("settings.json", "clock.json", "best.pt", "log.jsonl", "previous.pt", "last.pt")  # the last completes it
+        for name in (n for n in names if (source / n).exists()):
+            with open(source / name, "rb") as f:
+                write_aside(self.folder / name, functools.partial(shutil.copyfileobj, f))
+        say(f"Continuing the run of {source} in {self.folder}")
+
+    def _open_mirror(self, target):
+        """Check --mirror_dir, and go on from the run in it where the run folder has none. RecipeError where it cannot be used
+        at the start of a run; later that is only said."""
+        folder, where = self.folder, f"--mirror_dir {target}"
+        started = any((folder / name).exists() for name in CHECKPOINTS)
+        if {folder.resolve(), *folder.resolve().parents} & {target.resolve()} or folder.resolve() in target.resolve().parents:
+            raise RecipeError(f"{where} and the run folder {folder} lie in each other; choose a folder on another disk.", 2)
+        self.mirror = Mirror(folder, target, read_settings(folder).get("run"))
+        try:
+            theirs = read_json(target / "settings.json").get("recipe")
+            if self.cfg.fresh and theirs == self.recipe:
+                self._rename_older(target)
+            target.mkdir(exist_ok=True)
+            if not started and theirs == self.recipe and any((target / name).exists() for name in CHECKPOINTS):
+                self._fill(target)
+                self.mirror.owner = read_settings(folder).get("run")
+            why = self.mirror.stranger()
+        except OSError as e:
+            if not started:
+                raise RecipeError(f"{where}: {e.strerror}. Is the drive mounted? Nothing was begun.", 2) from None
+            return say(f"{where}: {e.strerror}. Training goes on and tries again.")
+        if why:
+            raise RecipeError(f"{where} {why}; nothing was touched. Choose another --mirror_dir, or an empty --out_dir to go "
+                "on from it.", 2)  # fmt: skip
+        return None
 
     def _lock(self):
         lock = filelock.FileLock(self.folder / "lock")
@@ -1159,6 +1314,14 @@ class Run:
             for thing in filter(None, (self.bar, self.board)):
                 with contextlib.suppress(OSError):
                     thing.close()
+            if self.mirror and self.saved >= 0:  # once more, with what the ending wrote
+                self._wait_for_mirror()
+                if not self.mirror.thread or not self.mirror.thread.is_alive():
+                    self.mirror.start()
+                    self._wait_for_mirror()
+
+    def _wait_for_mirror(self):
+        self.mirror.wait(max(5.0, min(self.clock.left(), max(60.0, 3 * self.mirror.longest))))
 
     def _beat(self, done):
         """Write the time used every few seconds, whatever the loop is doing: a kill must not refund any."""
@@ -1253,13 +1416,15 @@ class Run:
             say(f"Earlier starts without a checkpoint used {clock_text(self.clock.before)} of the time; --fresh gives it back.")
         self.settings |= {"recipe": self.recipe, "settings": dataclasses.asdict(self.cfg), "samples": self.samples}
         self.settings |= {"device": self.title, "torch": torch.__version__, "command": shlex.join(sys.argv)}
+        self.settings["run"] = self.settings.get("run") or os.urandom(8).hex()  # of a run that is older than these keys
         if self.main:
-            write_json(self.folder / "settings.json", self.settings)
+            (self.folder / "code").mkdir(exist_ok=True)
+            for place in (self.folder, self.folder / "code"):  # what a run cannot go on without lies there twice
+                write_json(place / "settings.json", self.settings)
             for module in {sys.modules.get(type(self.cfg).__module__), sys.modules[Run.__module__]}:
                 if getattr(module, "__file__", None):  # the code that ran, one copy a session that changed it
                     code = Path(module.__file__).read_bytes()
                     target = self.folder / "code" / f"{Path(module.__file__).stem}-{mix(code) % 10**6}.py"
-                    target.parent.mkdir(exist_ok=True)
                     if state and not target.exists():
                         say(f"{module.__file__} has changed since the last session; --fresh starts over.")
                     write_aside(target, lambda f, code=code: f.write(code))
@@ -1276,11 +1441,7 @@ class Run:
                 state = load_tensors(path)
             except FileNotFoundError:
                 continue
-            except (OSError, MemoryError):
-                raise  # not the file's fault
-            except Exception as e:
-                if is_out_of_memory(e):
-                    raise
+            except ValueError as e:  # an error of the disk or of memory is not the file's fault
                 damaged.append(path)
                 say(f"{path} is damaged ({e}).")
                 continue
@@ -1293,29 +1454,59 @@ class Run:
     def _apply(self, state):
         try:
             self.parts.load_state_dict(state["parts"])
-        except (RuntimeError, KeyError, AttributeError, ValueError) as e:
+            self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() and state["scaler"] else None
+            vars(self).update({name: state[name] for name in KEPT})
+        except (RuntimeError, LookupError, AttributeError, ValueError, TypeError) as e:
             raise RecipeError(
                 f"The checkpoint in {self.folder} does not fit this script ({str(e).splitlines()[-1].strip()}). The code that "
                 "made it is in its folder code; undo the change, start over with --fresh, or choose another --out_dir."
             ) from e
-        self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() and state["scaler"] else None
-        vars(self).update({name: state[name] for name in KEPT})
         self.saved, self.first = self.step, self.step
 
     def save(self, must=True):
-        """Write last.pt; the one before becomes previous.pt. A failure raises RecipeError, or is only said if not `must`."""
+        """Write last.pt; the one before becomes previous.pt. A failure raises RecipeError, or is only said if not `must`.
+
+        Where it must and the folder takes nothing any more, trained weights are saved in another place, which the error names.
+        """
         state = {name: getattr(self, name) for name in KEPT} | {"used": self.clock.used(), "born": self.clock.born}
         state |= {"parts": self.parts.state_dict(), "scaler": self.scaler.state_dict()}
         new, last, self.saved_at = self.folder / "next.pt", self.folder / "last.pt", time.monotonic()
 
         def write():
+            self._remake_folder()
             save_tensors(new, state)
             if last.exists():
                 os.replace(last, self.folder / "previous.pt")
             os.replace(new, last)
 
-        if self.write(write, must):
+        try:
+            done = self.write(write, must)
+        except RecipeError as e:
+            raise (self._rescue(state, e) if self.step > max(self.saved, 0) else e) from e
+        if done:
             self.saved = self.step
+            if self.mirror:
+                self.mirror.start()
+
+    def _remake_folder(self):
+        """A run folder that was deleted under the run is made anew; not its parents, which a drive that is gone took along."""
+        if not self.folder.is_dir():
+            self.folder.mkdir()
+            write_json(self.folder / "settings.json", self.settings)
+            self.undo.callback(self._lock().release)
+            say(f"{self.folder} was gone and is made anew; what was in it before is lost.")
+
+    def _rescue(self, state, error):
+        """Save `state` wherever there is space; returns the RecipeError that tells where."""
+        for place in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
+            folder = place / f"{self.folder.name}-rescued-{self.settings['run']}"
+            with contextlib.suppress(OSError, RuntimeError, ValueError, zipfile.BadZipFile):
+                folder.mkdir(exist_ok=True)
+                write_json(folder / "settings.json", self.settings)
+                save_tensors(folder / "last.pt", state)
+                return RecipeError(f"{str(error).partition(' Mend that')[0]} Update {self.step} is saved in {folder} instead. "
+                    f"To go on from it: --out_dir NEW --continue_from {shlex.quote(str(folder))}")  # fmt: skip
+        return error
 
     def write(self, write, must=False):
         """Call write() in the first process; returns whether it went well. A failure raises where it `must`, else is said."""
@@ -1650,9 +1841,22 @@ class Run:
         self.rehearsing = False
         if self.main and (self.folder / "log.jsonl").exists():
             with contextlib.suppress(ImportError):
-                write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f))
+                self.write(lambda: write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f)))
+        if self.mirror:
+            self._wait_for_mirror()
+            self.ahead += self.mirror.longest  # what the ending exports is copied too
         self.reserve = 1.2 * (time.monotonic() - start + self.ahead) + 0.5
         self._share()
+
+    @contextlib.contextmanager
+    def results(self):
+        """Context manager that gives the folder to export into: the run's at its end; else one that vanishes again, since what
+        is still in training must not look like a result."""
+        if self.over:
+            yield self.folder
+        else:
+            with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=self.folder) as aside:
+                yield Path(aside)
 
     def finish(self, metrics):
         """Write metrics.json; returns metrics with steps, seconds and peak memory."""

@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, evenly, load_tensors, main, mix, open_records,
-        opt, picture, read_json, save_tensors, say, schedule, uniforms, with_state, write_aside,
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, evenly, load_tensors, main, mix,
+        open_records, opt, picture, save_tensors, say, schedule, trained_weights, uniforms, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -818,8 +818,8 @@ def wrap_up(parts, val, cfg, run):
         if run.main:
             metrics |= judge_scans(parts, val, cfg, run)
             show(val, run)
-            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
-                export(parts, run.folder if run.over else Path(aside))
+            with run.results() as folder:
+                export(parts, folder)
     return metrics
 
 
@@ -936,21 +936,9 @@ def train(cfg):
 # --- using the result -------------------------------------------------------------------------------------------------
 def load(run_dir, device="cpu"):
     """The trained (EMA) `Autoencoder` of a run folder in eval mode; `model.cfg` are its settings."""
-    run_dir = Path(run_dir)
-    about = read_json(run_dir / "settings.json")
-    path, saved = run_dir / "model.pt", about.get("settings")
-    if about.get("recipe") != RECIPE or not saved or not (path.exists() or (run_dir / "best.pt").exists()):
-        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    cfg = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
-    if not path.exists():
-        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
-        path = run_dir / "best.pt"
-    try:
-        state = load_tensors(path)
-        model = make_model(cfg)
-        model.load_state_dict(state.get("model", state))
-    except (*UNREADABLE, RuntimeError, KeyError, zipfile.BadZipFile) as e:
-        raise RecipeError(f"{path} holds no network of this run ({str(e).splitlines()[0][:120]}).", 2) from None
+    with trained_weights(run_dir, RECIPE, Config, "model.pt", "best.pt") as (cfg, path):
+        state, model = load_tensors(path), make_model(cfg)
+        model.load_state_dict(state.get("model", state))  # best.pt has them one deeper
     model.cfg = cfg
     return model.to(device).eval()
 

@@ -26,7 +26,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import types
 import warnings
@@ -44,8 +43,9 @@ from PIL import Image, ImageDraw
 
 try:
     from common import (  # isort: skip
-        EMA, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, evenly, find_images, free_memory, load_tensors, main,
-        mix, open_records, opt, picture, read_image, read_json, read_table, save_tensors, say, square, with_state, write_aside,
+        EMA, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, evenly, find_images, free_memory,
+        load_tensors, main, mix, open_records, opt, picture, read_image, read_json, read_table, save_tensors, say,
+        square, trained_weights, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -1011,9 +1011,9 @@ def wrap_up(parts, val, names, cfg, run):
         run.save()
         if run.main:
             show(parts, val, names, cfg, run)
-            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
+            with run.results() as folder:
                 try:
-                    export(parts, names, cfg, run.folder if run.over else Path(aside))
+                    export(parts, names, cfg, folder)
                 except RecipeError as e:  # found in the rehearsal it ends the run, and later costs the file alone
                     if not run.over:
                         raise
@@ -1095,21 +1095,10 @@ class Finished(nn.Module):
 
 def load(run_dir, device="cpu"):
     """The trained (EMA) model of a run folder in eval mode, a `Finished`."""
-    run_dir = Path(run_dir)
-    about = read_json(run_dir / "settings.json")
-    saved, done = about.get("settings"), (run_dir / "metrics.json").exists()
-    path = run_dir / ("model.pt" if done else "best.pt")
-    if about.get("recipe") != RECIPE or not (saved and path.exists()):
-        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    cfg, names = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__}), json.loads(saved["names"])
-    net = Net(cfg, len(names))
-    try:
-        state = load_tensors(path)
-        net.load_state_dict(state if done else state["model"])
-    except (*UNREADABLE, RuntimeError, KeyError, zipfile.BadZipFile) as e:
-        raise RecipeError(f"{path} holds no network of this run ({str(e)[:120]}).", 2) from None
-    if not done:
-        say(f"The run in {run_dir} has not finished; these are its best weights so far, of update {state['step']}.")
+    with trained_weights(run_dir, RECIPE, Config, "model.pt", "best.pt") as (cfg, path):
+        state, names = load_tensors(path), json.loads(cfg.names)
+        net = Net(cfg, len(names))
+        net.load_state_dict(state["model"] if path.name == "best.pt" else state)
     return Finished(net, names, cfg).to(device).eval()
 
 

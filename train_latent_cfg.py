@@ -20,7 +20,6 @@ import json
 import math
 import pickle
 import re
-import tempfile
 import time
 import types
 import zipfile
@@ -36,8 +35,8 @@ from PIL import Image, ImageDraw
 try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, VAE, Items, Parts, RecipeError, Run, Settings, cached_latents, colour, copy_rate,
-        evenly, load_tensors, main, mirrored, mix, open_records, opt, picture, read_image, read_json, save_tensors, say, square,
-        uniforms, with_state, write_aside,
+        evenly, load_tensors, main, mirrored, mix, open_records, opt, picture, read_image, save_tensors, say, square,
+        trained_weights, uniforms, with_state, write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -949,8 +948,8 @@ def wrap_up(parts, val, cfg, run):
         if run.main:
             metrics |= judge_samples(parts, val, cfg, run, 1.0 if run.over else 0.2)
             show(parts, val, cfg, run)
-            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # what is in training must not look like a result
-                export(parts, run.folder if run.over else Path(aside))
+            with run.results() as folder:
+                export(parts, folder)
     return metrics
 
 
@@ -1061,20 +1060,9 @@ class Painter(nn.Module):
 def load(run_dir, device="cpu", model="", vae=""):
     """The trained (EMA) `Painter` of a run folder in eval mode; `model` names one of its model-N.pt, `vae` is where the folder
     of the run's --vae is now."""
-    run_dir = Path(run_dir)
-    about = read_json(run_dir / "settings.json")
-    saved, path = about.get("settings"), run_dir / (model or "model.pt")
-    there = path.exists() or (run_dir / "best.pt").exists()
-    if about.get("recipe") != RECIPE or not (saved and there) or saved["stage"] == "encoder":
-        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    if model and not path.exists():
-        there = ", ".join(p.name for p in sorted(run_dir.glob("model*.pt"))) or "none"
-        raise RecipeError(f"There is no {path}; here are: {there}.", 2)
-    cfg = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
-    if not path.exists():
-        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
-        path = run_dir / "best.pt"
-    try:
+    with trained_weights(run_dir, RECIPE, Config, *([model] if model else ("model.pt", "best.pt"))) as (cfg, path):
+        if cfg.stage == "encoder":
+            raise RecipeError(f"{run_dir} holds an encoder alone; train --stage diffusion with it first.", 2)
         state = load_tensors(path)
         state = state.get("model", state)  # best.pt has them one deeper
         cfg.vae = vae or cfg.vae
@@ -1082,8 +1070,6 @@ def load(run_dir, device="cpu", model="", vae=""):
         codec, net = make_codec(cfg, outer), make_net(cfg)
         codec.load_state_dict(state["codec"])
         net.load_state_dict(state["net"])
-    except (*UNREADABLE, RuntimeError, KeyError, zipfile.BadZipFile) as e:
-        raise RecipeError(f"{path} holds no network of this run ({str(e).splitlines()[0][:120]}).", 2) from None
     return Painter(net, codec, cfg).to(device).eval()
 
 

@@ -22,7 +22,6 @@ The gain is that of the first minutes. Tried and left out: Muon, logit-normal ti
 import dataclasses
 import functools
 import math
-import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, copy_rate, find_images, find_labels,
-        fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture, read_image, read_json,
-        read_mask, say, square, uniforms, with_state, write_aside, write_weights,
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, colour, copy_rate, find_images,
+        find_labels, fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture,
+        read_image, read_json, read_mask, say, square, trained_weights, uniforms, with_state, write_aside, write_weights,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -785,8 +784,8 @@ def wrap_up(parts, val, cfg, run):
         run.save()
         if run.main:
             metrics["copy_rate"] = copy_rate(show(model, val, cfg, run), val.thumbs)
-            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
-                export(model, run.folder if run.step or run.over else Path(aside))
+            with run.results() as folder:
+                export(model, folder)
     return metrics
 
 
@@ -885,18 +884,13 @@ def fit_linear(parts, data, cfg):
 # Copied from train_nextdit_fast.py::load
 def load(run_dir, device="cpu"):
     """The trained (EMA) `Velocity` of a run folder in eval mode; its settings are in `.cfg`."""
-    run_dir = Path(run_dir)
-    about = read_json(run_dir / "settings.json")
-    saved, newest = about.get("settings"), run_dir / "last.pt"
-    if about.get("recipe") != RECIPE or not saved or not newest.exists():
-        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    cfg = Config(**{k: v for k, v in saved.items() if k in Config.__dataclass_fields__})
-    model, newest = make_model(cfg), torch.load(newest, map_location="cpu", weights_only=True, mmap=True)
-    if read_json(run_dir / "metrics.json").get("steps") == newest["step"]:
-        model.load_state_dict(newest["parts"]["ema"]["model"])
-    else:
-        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
-        model.load_state_dict(load_tensors(run_dir / "best.pt")["model"])
+    with trained_weights(run_dir, RECIPE, Config, "last.pt", "best.pt") as (cfg, path):
+        model, state = make_model(cfg), torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "parts" in state and read_json(Path(run_dir) / "metrics.json").get("steps") == state["step"]:
+            model.load_state_dict(state["parts"]["ema"]["model"])
+        else:
+            say(f"The run in {run_dir} has not finished; these are its best weights so far.") if "parts" in state else None
+            model.load_state_dict(load_tensors(Path(run_dir) / "best.pt")["model"])
     model.cfg = cfg
     return model.to(device).eval()
 

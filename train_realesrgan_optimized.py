@@ -18,7 +18,6 @@ import functools
 import io
 import itertools
 import math
-import tempfile
 import time
 import types
 import warnings
@@ -33,8 +32,9 @@ from PIL import Image, ImageDraw, ImageOps
 
 try:
     from common import (  # isort: skip
-        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory, load_tensors,
-        main, mix, open_records, opt, picture, read_image, read_json, say, uniforms, with_state, write_aside,
+        EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory,
+        load_tensors, main, mix, open_records, opt, picture, read_image, say, trained_weights, uniforms, with_state,
+        write_aside,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -998,8 +998,8 @@ def wrap_up(parts, val, cfg, run):
         run.save()
         if run.main:
             show(parts, val, cfg, run)
-            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
-                export(parts.ema.model, run.folder if run.step or run.over else Path(aside))
+            with run.results() as folder:
+                export(parts.ema.model, folder)
     return metrics
 
 
@@ -1075,16 +1075,9 @@ def train(cfg):
 # --- using the result -------------------------------------------------------------------------------------------------
 def load(run_dir, device="cpu"):
     """The trained (EMA) model of a run folder in eval mode: RGB [n, 3, h, w] in 0..1 -> [n, 3, scale * h, scale * w]."""
-    run_dir = Path(run_dir)
-    about, done = read_json(run_dir / "settings.json"), (run_dir / "metrics.json").exists()
-    weights, saved = run_dir / (f"{EXPORT}.pth" if done else "best.pt"), about.get("settings")
-    if about.get("recipe") != RECIPE or not saved or not weights.exists():
-        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    state = read_weights(weights)
-    if not done:
-        say(f"The run in {run_dir} has not finished; these are its best weights so far.")
-    model = RRDBNet(*PRESETS[saved["preset"]], saved["scale"])
-    model.load_state_dict(regrow(state, PRESETS[saved["preset"]][2]))
+    with trained_weights(run_dir, RECIPE, Config, f"{EXPORT}.pth", "best.pt") as (cfg, path):
+        model = RRDBNet(*PRESETS[cfg.preset], cfg.scale)
+        model.load_state_dict(regrow(read_weights(path), PRESETS[cfg.preset][2]))
     return model.to(device).eval()
 
 

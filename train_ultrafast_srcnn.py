@@ -17,7 +17,6 @@ import functools
 import io
 import itertools
 import math
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,9 @@ try:
         opt,
         picture,
         read_image,
-        read_json,
         save_tensors,
         say,
+        trained_weights,
         uniforms,
         write_aside,
     )
@@ -518,8 +517,8 @@ def wrap_up(parts, val, cfg, run):
         run.save()
         if run.main:
             show(parts, val, cfg, run)
-            with tempfile.TemporaryDirectory(dir=run.folder) as aside:  # untrained weights must not look like a result
-                export(parts.ema.model, run.folder if run.step or run.over else Path(aside))
+            with run.results() as folder:
+                export(parts.ema.model, folder)
     return metrics
 
 
@@ -563,16 +562,9 @@ def train(cfg):
 # --- using the result -------------------------------------------------------------------------------------------------
 def load(run_dir, device="cpu"):
     """The trained (EMA) model of a run folder in eval mode: luma [n, 1, h, w] in 0..1 -> [n, 1, scale * h, scale * w]."""
-    run_dir = Path(run_dir)
-    saved, done = read_json(run_dir / "settings.json").get("settings"), (run_dir / "metrics.json").exists()
-    weights = run_dir / ("model.pt" if done else "best.pt")
-    if not saved or not weights.exists():
-        raise RecipeError(f"{run_dir} holds no trained model; train first, or name its run folder as --out_dir.", 2)
-    state = load_tensors(weights, device)
-    if not done:
-        say(f"The run in {run_dir} has not finished; these are its best weights so far, of update {state['step']}.")
-    model = make_model(Config(arch=saved["arch"], scale=saved["scale"]))
-    model.load_state_dict(state if done else state["model"])
+    with trained_weights(run_dir, RECIPE, Config, "model.pt", "best.pt") as (cfg, path):
+        state, model = load_tensors(path, device), make_model(cfg)
+        model.load_state_dict(state["model"] if path.name == "best.pt" else state)
     return model.to(device).eval()
 
 

@@ -114,7 +114,7 @@ def test_the_run_folder_is_complete(srcnn, config, tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
     assert {"psnr", "psnr_bicubic", "ssim", "steps", "seconds", "peak_memory_gib"} == set(metrics)
     kept = {p.name.rsplit("-", 1)[0] for p in (tmp_path / "run" / "code").iterdir()}
-    assert kept == {"common", "train_ultrafast_srcnn"}
+    assert kept == {"common", "train_ultrafast_srcnn", "settings.json"}
     assert not [n for n in names if n.endswith(".part")]
 
 
@@ -242,7 +242,7 @@ def test_a_disk_that_is_full_is_a_sentence_and_loses_nothing(srcnn, config, imag
         stop_after(patch, 4)
         with pytest.raises(Stopped):
             srcnn.train(config())
-    done = run(command(*words, drive={"full_after": 100_000}))
+    done = run(command(*words, drive={"full_after": 150_000}))
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "Cannot write" in done.stderr and "run the same command again" in done.stderr
     assert checkpoint(tmp_path / "run")["step"] == 4

@@ -308,7 +308,7 @@ def test_an_interrupted_run_upscales_with_its_best_weights(trained, tmp_path, ca
     (tmp_path / "run" / "model.pt").unlink()
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     same(dict(recipe.load(tmp_path / "run").state_dict()), dict(best["model"]))
-    assert f"best weights so far, of update {best['step']}" in capsys.readouterr().out and best["step"] > 0
+    assert "these are its best weights so far" in capsys.readouterr().out and best["step"] > 0
 
 
 def test_upscale_without_a_model_or_a_picture_is_a_sentence(trained, tmp_path):
