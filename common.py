@@ -218,9 +218,16 @@ def main(run, config, doc=""):
             raise
         message, code = f"{e.filename or 'The disk'}: {e.strerror}. Mend that and run the same command again.", 1
     except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
+        why = (str(e).splitlines() or [""])[0]
+        if is_out_of_memory(e):
+            message, code = f"Out of memory: {why} Try a smaller --target_size or --batch_size.", 1
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("(?i)gloo|nccl|peer|store|timed? ?out", why):
+            message, code = (
+                f"Another process of this run is gone ({why[:150]}). The same command continues from the last save.",
+                1,
+            )
+        else:
             raise
-        message, code = f"Out of memory: {(str(e).splitlines() or [''])[0]} Try a smaller --target_size or --batch_size.", 1
     if os.environ.get("RANK", "0") != "0":
         message = f"Process {os.environ['RANK']}: {message}"
     print(message, file=sys.stderr, flush=True)
@@ -548,7 +555,8 @@ class Mirror:
     def stranger(self):
         """Why the target is not this run's to write into; an empty text where it is."""
         theirs, used = read_json(self.target / "settings.json"), read_json(self.target / "clock.json").get("used", 0.0)
-        if theirs.get("run") != self.owner and any(not p.name.startswith(".") for p in self.target.iterdir()):
+        files = (p for p in self.target.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if theirs.get("run") != self.owner and (theirs or any(p.relative_to(self.target) not in self.copied for p in files)):
             return "holds another run or other files"
         if (mine := read_json(self.source / "clock.json").get("used", 0.0)) < used - HEARTBEAT:
             return f"holds this run further on, {clock_text(used)} of training against {clock_text(mine)} in {self.source}"
@@ -1210,6 +1218,9 @@ class Run:
             for name in ("SIGINT", "SIGTERM", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ():
                 if hasattr(signal, name):
                     undo.callback(signal.signal, getattr(signal, name), signal.signal(getattr(signal, name), self._on_signal))
+            hook = threading.excepthook
+            undo.callback(setattr, threading, "excepthook", hook)  # TensorBoard writes in a thread, and a full disk is no bug
+            threading.excepthook = lambda e: say(f"TensorBoard: {e.exc_value}") if isinstance(e.exc_value, OSError) else hook(e)
             if self.main:
                 done = threading.Event()
                 beat = threading.Thread(target=self._beat, args=(done,), daemon=True)
@@ -1305,7 +1316,7 @@ class Run:
     def __exit__(self, kind, error, trace):
         with self.undo:
             broke = isinstance(error, Exception) and kind is not Stopped
-            if broke and self.step > self.saved >= 0 and not self.stepping:
+            if broke and self.step > self.saved >= 0 and not (self.stepping or self.bad):
                 self.save(must=False)  # whatever went wrong, the weights between two updates are good
                 if self.saved == self.step:
                     say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
@@ -1494,6 +1505,7 @@ class Run:
             self.folder.mkdir()
             write_json(self.folder / "settings.json", self.settings)
             self.undo.callback(self._lock().release)
+            self.board = None  # its file is gone
             say(f"{self.folder} was gone and is made anew; what was in it before is lost.")
 
     def _rescue(self, state, error):
@@ -1566,7 +1578,10 @@ class Run:
                 "Free some space or choose an --out_dir on another disk."
             )
         resident, cached = (getattr(self.data, name, False) for name in ("resident", "cached"))  # on the device; in RAM
-        own = self.cfg.num_workers if self.cfg.num_workers >= 0 else 0 if cached else min(4, os.cpu_count() or 1)
+        cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )  # a container has fewer
+        own = self.cfg.num_workers if self.cfg.num_workers >= 0 else 0 if cached else min(4, cores)
         self.workers = 0 if resident else own
         self.logged_at = self.saved_at = self.began = time.monotonic()
         self.wait, self.count, self.first = 0.0, 0, self.step
