@@ -17,6 +17,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -987,8 +988,10 @@ def cached_latents(items, encode, key, cfg, run):
     files = [
         (str(p), p.stat().st_mtime_ns if p.exists() else 0) for p in (r["image"] for r in items.paths if isinstance(r, dict))
     ]
-    key, path = mix(files or items.paths, key, cfg.target_size, cfg.flip), run.folder / "latents.pt"
-    if run.main and not (path.exists() and load_tensors(path)["key"] == key):
+    key, path, state = mix(files or items.paths, key, cfg.target_size, cfg.flip), run.folder / "latents.pt", {}
+    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+        state = load_tensors(path) if run.main else {}
+    if run.main and not (isinstance(state, dict) and state.get("key") == key):
         say(f"Encoding {len(items)} images into latents, once ...")
         done, group, told = [], max(1, 2**16 // cfg.target_size**2), time.monotonic()
         for i in range(0, len(items), group):
@@ -999,10 +1002,11 @@ def cached_latents(items, encode, key, cfg, run):
             if time.monotonic() - told > HEARTBEAT:
                 told = time.monotonic()
                 say(f"{i} of {len(items)} images are encoded.")
-        save_tensors(path, {"key": key, "latents": torch.cat(done), "bad": items.bad})
+        state = {"key": key, "latents": torch.cat(done), "bad": items.bad}
+        run.write(lambda: save_tensors(path, state), must=run.world > 1)  # alone, this process has them in memory
     if run.world > 1:
         torch.distributed.barrier()
-    state = load_tensors(path)
+    state = state or load_tensors(path)
     items.bad |= state.get("bad", {})  # so that `Items.place` knows whose latents these are
     return state["latents"]
 
@@ -1175,7 +1179,7 @@ class Run:
         self.generator = torch.Generator(self.device)
         self.step, self.progress, self.was, self.begin, self.best, self.stale, self.cut = 0, 0.0, 0.0, 0.0, {}, 0, None
         self.reserve, self.rate_scale, self.lr, self.bad, self.step_time, self.first = 0.0, 1.0, 0.0, 0, 0.0, 0
-        self.parts = self.data = self.board = self.bar = self.mirror = None
+        self.parts = self.data = self.board = self.bar = self.mirror = self.late = None
         self.clock = Clock()
         self.asked, self.saved, self.judged, self.ddp, self.probed, self.sums, self.settings = "", -1, -1, {}, set(), {}, {}
         self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
@@ -1332,7 +1336,8 @@ class Run:
                     self._wait_for_mirror()
 
     def _wait_for_mirror(self):
-        self.mirror.wait(max(5.0, min(self.clock.left(), max(60.0, 3 * self.mirror.longest))))
+        left = self.clock.left() if self.over else 0.1 * self.clock.left()  # a drive that hangs must not eat a short run's time
+        self.mirror.wait(max(2.0, min(left, max(60.0, 3 * self.mirror.longest))))
 
     def _beat(self, done):
         """Write the time used every few seconds, whatever the loop is doing: a kill must not refund any."""
@@ -1485,6 +1490,9 @@ class Run:
 
         def write():
             self._remake_folder()
+            if self.late:
+                write_aside(self.folder / "best.pt", lambda f: f.write(self.late), check_zip)
+                self.late = None
             save_tensors(new, state)
             if last.exists():
                 os.replace(last, self.folder / "previous.pt")
@@ -1838,8 +1846,10 @@ class Run:
         self.record({"step": self.step, "metric": name, **metrics})
         if name not in self.best or (value - self.best[name]) * (1 if higher else -1) > 0:
             self.best, self.stale = {name: value, "step": self.step}, 0
-            state = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best
-            self.write(lambda: save_tensors(self.folder / "best.pt", state), must=False)
+            state, self.late = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best, None
+            if not self.write(lambda: save_tensors(self.folder / "best.pt", state), must=False):
+                torch.save(state, late := io.BytesIO())  # as it is now; the next save writes it
+                self.late = late.getvalue()
         else:
             self.stale += 1
         if self.cut is None and self.step and self.stale >= (self.cfg.patience or math.inf):

@@ -4,7 +4,7 @@ trace: file that tells each place a run passes, a line `place times update secon
 when a place is passed so often: kill, signal NAME ..., remove PATH, rename PATH PATH, garbage PATH, chmod PATH MODE, fill PATH
 (its disk, to the last byte), full BYTES (no file may grow beyond them), space, oom, sleep S; nan_at, nan_from: updates whose
 loss is nan; uncached: true leaves no RAM for decoded files; mortal: true takes root's right to read and write everything;
-forgetful: folder in which every file vanishes as soon as it is there;
+forgetful: folder in which every file vanishes as soon as it is there; without: one of WITHOUT, a protection to take out;
 stop_at: ask process `rank` for a stop when so many updates are done; slow_write: seconds that each fsync takes; slow_update:
 seconds that each update takes; full_after: bytes after which no file can grow (a real limit of the kernel); worker_bug: true
 makes loading fail in worker processes; export: true keeps the export; optimizer: SGD replaces SOAP and Adam.
@@ -159,8 +159,43 @@ def watch(recipe, faults):
     common.Run.update = updating
 
 
+def direct(path, write, check=None):
+    """write_aside without the aside."""
+    with open(path, "wb") as f:
+        write(f)
+
+
+def no_handler(run, number, frame):
+    """A signal handler that asks for a stop and never leaves at once."""
+    run.asked = signal.Signals(number).name
+
+
+mix, write, save = common.mix, common.Run.write, common.Run.save
+WITHOUT = {  # protections to take out, so that a test sees its fault noticed
+    "aside": (common, "write_aside", direct),
+    "seed": (common, "mix", lambda *n: mix(*n, os.getpid()) if all(isinstance(x, int) for x in n[:2]) else mix(*n)),
+    "replay": (common, "is_out_of_memory", lambda error: False),
+    "retry": (common.Run, "write", lambda run, job, must=False: write(run, job, True)),
+    "write": (common.Run, "write", lambda run, job, must=False: (job(), True)[1]),
+    "interval": (common.Run, "save", lambda run, must=True: save(run, must) if must else None),
+    "rescue": (common.Run, "_rescue", lambda run, state, error: error),
+    "remake": (common.Run, "_remake_folder", lambda run: None),
+    "fallback": (common, "CHECKPOINTS", ("last.pt",)),
+    "mirror": (common.Mirror, "_copy", lambda mirror: None),
+    "thread": (common.Mirror, "start", lambda mirror: mirror._copy()),
+    "handlers": (signal, "signal", lambda *args: None),
+    "second": (common.Run, "_on_signal", no_handler),
+    "finite": (common.Run, "finite", lambda run, value: True),
+    "substitute": (common.Items, "_read", lambda items, i: items.load(items.paths[i])),
+    "lock": (common.Run, "_lock", lambda run: contextlib.nullcontext(setattr(contextlib.nullcontext, "release", print))),
+    "main": (common, "main", lambda train, config, doc: train(common.parse(config, doc))),
+}
+
+
 def put_in(recipe, faults):
     """Change a recipe's module, and the shared one, as the keys of `faults` say."""
+    if faults.get("without"):
+        setattr(*WITHOUT[faults["without"]])
     if not faults.get("export"):
         recipe.export = lambda *args: None
     for name, value in SMALL.items():

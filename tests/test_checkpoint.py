@@ -489,3 +489,131 @@ def test_a_bug_in_hour_19_loses_nothing(srcnn, config, tmp_path, monkeypatch, ca
     assert "broke off after update 7, which is saved" in capsys.readouterr().out
     srcnn.train(config())
     same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
+
+
+# --- a second folder --------------------------------------------------------------------------------------------------
+def test_each_save_is_copied_and_a_lost_folder_comes_back_from_the_copy(srcnn, config, tmp_path, monkeypatch, capsys):
+    mirror = tmp_path / "drive"
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Stopped):
+            srcnn.train(config(mirror_dir=str(mirror)))
+    assert checkpoint(mirror)["step"] == 4
+    shutil.rmtree(tmp_path / "run")
+    srcnn.train(config(mirror_dir=str(mirror)))
+    assert f"Continuing the run of {mirror}" in capsys.readouterr().out
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+    compare_runs(mirror, tmp_path / "whole")
+    names = {p.name for p in mirror.iterdir()}
+    assert {"settings.json", "metrics.json", "previous.pt", "curves.png", "data.png", "code"} <= names
+    assert not names & {"lock", "next.pt", "tensorboard"} and not [n for n in names if n.endswith(".part")]
+    old = (mirror / "last.pt").read_bytes()
+    srcnn.train(config(mirror_dir=str(mirror), fresh=True, num_steps=2))
+    assert (tmp_path / "drive-old1" / "last.pt").read_bytes() == old and checkpoint(mirror)["step"] == 2
+
+
+def test_a_second_folder_that_is_not_this_runs_is_not_touched(srcnn, config, tmp_path, monkeypatch, capsys):
+    strangers, other, gone = tmp_path / "theirs", tmp_path / "other", tmp_path / "no drive" / "copy"
+    strangers.mkdir()
+    (strangers / "last.pt").write_bytes(b"my thesis")
+    srcnn.train(config(out_dir=str(tmp_path / "first"), mirror_dir=str(other), num_steps=1))
+    cases = {strangers: "holds another run or other files", gone: "No such file.* Is the drive mounted. Nothing was begun"}
+    cases |= {tmp_path / "run" / "copy": "lie in each other", tmp_path: "lie in each other"}
+    for place, why in cases.items():
+        with pytest.raises(RecipeError, match=why):
+            srcnn.train(config(mirror_dir=str(place)))
+    assert (strangers / "last.pt").read_bytes() == b"my thesis" and len(list(strangers.iterdir())) == 1
+    srcnn.train(config(num_steps=1))
+    before = (other / "last.pt").read_bytes()
+    with pytest.raises(RecipeError, match="holds another run or other files; nothing was touched. Choose another --mirror_dir"):
+        srcnn.train(config(mirror_dir=str(other), num_steps=2))
+    assert (other / "last.pt").read_bytes() == before
+    capsys.readouterr()
+    assert srcnn.train(config(mirror_dir=str(gone), num_steps=2))["steps"] == 2  # a run with a checkpoint of its own goes on
+    assert "No such file or directory. Training goes on and tries again" in capsys.readouterr().out and not gone.parent.exists()
+
+
+def test_a_second_folder_that_is_further_on_is_not_overwritten(srcnn, config, tmp_path):
+    mirror = tmp_path / "drive"
+    srcnn.train(config(mirror_dir=str(mirror), num_steps=1))
+    state = json.loads((mirror / "clock.json").read_text())
+    (mirror / "clock.json").write_text(json.dumps(state | {"used": state["used"] + 600}))  # another machine went on from it
+    before = (mirror / "last.pt").read_bytes()
+    with pytest.raises(RecipeError, match="holds this run further on, 10m of training against .* an empty --out_dir"):
+        srcnn.train(config(mirror_dir=str(mirror), num_steps=2))
+    assert (mirror / "last.pt").read_bytes() == before
+    assert srcnn.train(config(mirror_dir=str(mirror), out_dir=str(tmp_path / "new"), num_steps=2))["steps"] == 2
+
+
+def test_a_copy_that_reads_back_wrong_never_takes_its_name(tmp_path, monkeypatch, capsys):
+    source, target, fsync = tmp_path / "run", tmp_path / "drive", os.fsync
+    source.mkdir()
+    for content in (b"old", b"new and longer"):
+        (source / "last.pt").write_bytes(content)
+        mirror = common.Mirror(source, target, None)
+        mirror.copied = {common.Path("last.pt"): None}  # the target is known as ours
+        if content != b"old":
+            monkeypatch.setattr(os, "fsync", lambda f: (os.pwrite(f, b"x", 2), fsync(f)))  # the drive changes a byte
+        mirror.start()
+        mirror.wait(10)
+    assert (target / "last.pt").read_bytes() == b"old" and "did not read back as it was written" in capsys.readouterr().out
+    assert [p.name for p in target.iterdir()] == ["last.pt"]
+
+
+def test_damaged_settings_are_taken_from_their_copy(srcnn, config, tmp_path):
+    srcnn.train(config(num_steps=2))
+    for damage in (b"", b"\xff\x00 no json", b"[1, 2]"):
+        (tmp_path / "run" / "settings.json").write_bytes(damage)
+        with pytest.raises(RecipeError, match="seed was 0 in .* and is 5 now"):
+            srcnn.train(config(num_steps=3, seed=5))
+    assert srcnn.train(config(num_steps=3))["steps"] == 3
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]["num_steps"] == 3
+
+
+def test_the_best_weights_are_written_later_where_the_disk_was_full(srcnn, config, tmp_path, monkeypatch):
+    write, evaluate, failed = common.write_aside, srcnn.evaluate, []
+
+    def full(path, *args):
+        if path.name == "best.pt" and len(failed) < 2 and (tmp_path / "run" / "last.pt").exists():
+            failed.append(path)
+            raise OSError(28, "No space left on device")
+        write(path, *args)
+
+    def rated(model, val, cfg, run):  # update 3 is the best
+        return evaluate(model, val, cfg, run) | {"psnr": 99.0 if run.step == 3 else run.step}
+
+    monkeypatch.setattr(common, "write_aside", full)
+    monkeypatch.setattr(srcnn, "evaluate", rated)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        patch.setattr(srcnn, "show", lambda *a: None)
+        with pytest.raises(Stopped):  # at the end of update 3
+            srcnn.train(config(save_minutes=0.0))
+    assert len(failed) == 2
+    srcnn.train(config(save_minutes=0.0))
+    kept, end = checkpoint(tmp_path / "run", "best.pt"), checkpoint(tmp_path / "run")
+    assert kept["step"] == end["best"]["step"] == 3 and kept["psnr"] == 99
+
+
+@pytest.mark.parametrize("damage", ["code", "flipped", "list", "other", "none"])
+def test_weights_that_cannot_be_used_are_a_sentence(srcnn, config, tmp_path, damage):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    srcnn.train(config(num_steps=1))
+    best = tmp_path / "run" / "best.pt"
+    data = bytearray(best.read_bytes())
+    data[len(data) // 2] ^= 16
+    if damage == "none":
+        best.unlink()
+    elif damage == "flipped":
+        best.write_bytes(data)
+    else:
+        torch.save({"code": Bomb(), "list": [1, 2], "other": {"model": {"x": torch.ones(2)}}}[damage], best)
+    with pytest.raises(
+        RecipeError, match="holds no (network of this run|trained model of ultrafast_srcnn: no model.pt or best.pt)"
+    ):
+        srcnn.load(tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
