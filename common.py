@@ -127,7 +127,9 @@ def check_setting(field, value, source):
     """RecipeError (exit code 2) when a setting's value breaks its rules; `source` is its flag, variable or name."""
     rules, takes = field.metadata, ""
     low, high = rules.get("low", -math.inf), rules.get("high", math.inf)
-    if "choices" in rules and value not in rules["choices"]:
+    if isinstance(value, (int, float)) and not abs(value) <= 2**53:  # no count, and beyond what a seed or a file takes
+        takes = "a number of at most 9e15"
+    elif "choices" in rules and value not in rules["choices"]:
         takes = " or ".join(map(str, rules["choices"]))
     elif isinstance(value, (int, float)) and not low <= value <= high:
         takes = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
@@ -222,6 +224,8 @@ def main(run, config, doc=""):
         why = (str(e).splitlines() or [""])[0]
         if is_out_of_memory(e):
             message, code = f"Out of memory: {why} Try a smaller --target_size or --batch_size.", 1
+        elif "home directory" in why:  # ~somebody/folder
+            message, code = f"{why} Write the path out, without ~.", 2
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("(?i)gloo|nccl|peer|store|timed? ?out", why):
             message, code = (
                 f"Another process of this run is gone ({why[:150]}). The same command continues from the last save.",
@@ -273,7 +277,7 @@ def choose_device(name="auto", local_rank=0):
                 f"An NVIDIA card is here, but torch {torch.__version__} has no CUDA or cannot use the driver: this runs on the "
                 "processor. Install the CUDA build that pytorch.org/get-started names (plain pip on Windows brings none)."
             )
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name) or (name == "mps" and not torch.backends.mps.is_available()):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name) or (name == "mps" and not torch.backends.mps.is_available()):
         raise RecipeError(f"--device is {name!r}; it takes auto, cpu, mps on a Mac that has it, cuda or cuda:1.", 2)
     device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     if device.type != "cuda":
@@ -462,13 +466,14 @@ def write_aside(path, write, check=None):
 
 def write_json(path, value):
     """Write plain values as UTF-8 JSON, aside first."""
-    write_aside(path, lambda f: f.write(json.dumps(value, indent=1, ensure_ascii=False).encode()))
+    text = json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")  # a file's name need not be UTF-8
+    write_aside(path, lambda f: f.write(text))
 
 
 def read_json(path):
     """The dict in a JSON file; an empty one where there is no file or it is damaged."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass"))
         return value if isinstance(value, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
@@ -476,12 +481,28 @@ def read_json(path):
 
 def read_settings(folder):
     """What settings.json of a run folder holds, or its copy in code/ where it is damaged; an empty dict without any."""
-    return read_json(Path(folder) / "settings.json") or read_json(Path(folder) / "code" / "settings.json")
+
+    def sound(about):
+        files = about.get("files", {})
+        lists = files.values() if isinstance(files, dict) else [None]
+        names = all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists)
+        return about and names and isinstance(about.get("settings", {}), dict) and isinstance(about.get("samples", 0), int)
+
+    both = (read_json(Path(folder) / name) for name in ("settings.json", "code/settings.json"))
+    return next((about for about in both if sound(about)), {})
+
+
+def read_clock(folder):
+    """What clock.json of a run folder holds: seconds `used`, the moment `born`, the `process`, as far as they are numbers."""
+    state = read_json(Path(folder) / "clock.json")
+    return {k: v for k, v in state.items() if isinstance(v, (int, float)) and abs(v) < 1e12}
 
 
 def check_zip(path):
     """zipfile.BadZipFile unless every record of a torch file has the checksum that it was written with."""
     with zipfile.ZipFile(path) as z:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in z.infolist()):
+            raise zipfile.BadZipFile("it is compressed, which no checkpoint is")
         if z.testzip():
             raise zipfile.BadZipFile(f"{z.testzip()} in it is damaged")
 
@@ -555,11 +576,11 @@ class Mirror:
 
     def stranger(self):
         """Why the target is not this run's to write into; an empty text where it is."""
-        theirs, used = read_json(self.target / "settings.json"), read_json(self.target / "clock.json").get("used", 0.0)
+        theirs, used = read_settings(self.target), read_clock(self.target).get("used", 0.0)
         files = (p for p in self.target.rglob("*") if p.is_file() and not p.name.startswith("."))
         if theirs.get("run") != self.owner and (theirs or any(p.relative_to(self.target) not in self.copied for p in files)):
             return "holds another run or other files"
-        if (mine := read_json(self.source / "clock.json").get("used", 0.0)) < used - HEARTBEAT:
+        if (mine := read_clock(self.source).get("used", 0.0)) < used - HEARTBEAT:
             return f"holds this run further on, {clock_text(used)} of training against {clock_text(mine)} in {self.source}"
         return ""
 
@@ -628,6 +649,9 @@ class Parts(types.SimpleNamespace):
         return {k: v.state_dict() for k, v in vars(self).items() if hasattr(v, "state_dict")}
 
     def load_state_dict(self, state):
+        mine = {k for k, v in vars(self).items() if hasattr(v, "state_dict")}
+        if set(state) != mine:
+            raise KeyError(f"it holds {', '.join(sorted(map(str, state)))}, and {', '.join(sorted(mine))} are wanted")
         for name in state:
             getattr(self, name).load_state_dict(state[name])
 
@@ -676,8 +700,15 @@ class EMA:
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+
+
+def open_image(path):
+    """Image.open for files that are data alone: to open a few other kinds, such as EPS, Pillow would run a program."""
+    Image.init()
+    return Image.open(path, formats=FORMATS)
 
 
 def read_image(path):
@@ -686,7 +717,7 @@ def read_image(path):
     Palettes are resolved, transparency lies on white, 16 bits are scaled to 8 and not clipped (floats by their own
     range), EXIF orientation is applied. Raises one of `UNREADABLE` for a file that is none or is cut short.
     """
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 16-bit, 32-bit and float gray
             values = np.nan_to_num(np.asarray(image, np.float64))
@@ -816,16 +847,17 @@ def pair_masks(images, folder, root):
 
 
 def read_labels(path):
-    """A mask file as int64 [height, width]: gray values as they stand, a colour as 0x1RRGGBB."""
-    with Image.open(path) as image:
+    """A mask file as int32 [height, width]: gray values as they stand, a colour as 0x1RRGGBB."""
+    with open_image(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode not in ("1", "L", "RGB") and image.mode[0] not in "IF":
             image = image.convert("L" if image.mode in ("LA", "La") else "RGB")
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
     if values.ndim == 2:
-        return values
-    gray = (values[..., :1] == values).all(2)
-    return np.where(gray, values[..., 0], values @ np.int64([65536, 256, 1]) + (1 << 24))
+        return values.astype(np.int32)
+    r, g, b = (values[..., k] for k in range(3))
+    colour = 1 << 24 | r.astype(np.int32) << 16 | g.astype(np.int32) << 8 | b
+    return np.where((r == g) & (g == b), r, colour)
 
 
 def find_labels(paths, check=lambda: None):
@@ -1133,9 +1165,9 @@ def draw_curves(log, path):
 
     rows = {}
     for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):  # a full disk tears lines
-            row = json.loads(line)
-            rows[int(row["step"]), "metric" in row] = row  # what a killed session did was done again
+        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError, OverflowError):  # a full disk tears lines
+            row = {k: v for k, v in json.loads(line).items() if k == "metric" or isinstance(v, (int, float))}
+            rows[int(row["step"]), isinstance(row.get("metric"), str)] = row  # what a killed session did was done again
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axis, judged in zip(figure.subplots(1, 2), (False, True)):
         part = [row for (_, is_judged), row in sorted(rows.items()) if is_judged == judged]
@@ -1214,7 +1246,7 @@ class Run:
             started = any((self.folder / name).exists() for name in CHECKPOINTS)
             about = read_settings(self.folder)  # before a checkpoint nothing is lost by changing them
             self.settings = about if started else {"run": about.get("run")}
-            past = {k: v for k, v in read_json(self.folder / "clock.json").items() if isinstance(v, (int, float))}
+            past = read_clock(self.folder)
             self.clock.before, self.clock.born = past.get("used", 0.0), past.get("born", self.clock.born)
             self._compare()
             if not started and 0 < self.clock.deadline < time.time():
@@ -1250,7 +1282,7 @@ class Run:
             self._rename_older(folder)
         folder.mkdir(parents=True, exist_ok=True)
         undo.callback(self._lock().release)
-        for part in folder.glob(".*.part"):  # what a kill left of a write
+        for part in folder.glob(".*.part") if theirs else ():  # what a kill left of a write
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         if not read_settings(folder):
             write_json(
@@ -1396,7 +1428,7 @@ class Run:
                 same = f"Continue with --{f.name} {before}" if before not in ("", None) else f"Leave --{f.name} away"
                 raise RecipeError(f"{f.name} was {before!r} in {self.folder} and is {now!r} now. {same}, {advice}", 2)
             changed.append(f"{f.name} was {before!r} before and is {now!r} now.")
-        if old and self.settings["samples"] != self.samples:
+        if old and self.settings.get("samples", self.samples) != self.samples:
             raise RecipeError(f"An update took {self.settings['samples']} samples in {self.folder} and would now take "
                 f"{self.samples}. Choose --batch_size and --accumulate so that the product stays, {advice}", 2)  # fmt: skip
         for line in changed:
@@ -1455,6 +1487,8 @@ class Run:
         for path in (self.folder / name for name in CHECKPOINTS):
             try:
                 state = load_tensors(path)
+                if not isinstance(state, dict) or not {*KEPT, "used", "born", "parts", "scaler"} <= set(state):
+                    raise ValueError("it is no checkpoint of a run")
             except FileNotFoundError:
                 continue
             except ValueError as e:  # an error of the disk or of memory is not the file's fault
@@ -1471,6 +1505,11 @@ class Run:
         try:
             self.parts.load_state_dict(state["parts"])
             self.scaler.load_state_dict(state["scaler"]) if self.scaler.is_enabled() and state["scaler"] else None
+            numbers = {name: state[name] for name in (*KEPT, "used", "born") if name not in ("best", "cut", "settled")}
+            if not isinstance(state["best"], dict) or not all(
+                isinstance(v, (int, float)) and math.isfinite(v) for v in (*numbers.values(), state["cut"] or 0)
+            ):
+                raise TypeError("a number in it is none")
             vars(self).update({name: state[name] for name in KEPT})
         except (RuntimeError, LookupError, AttributeError, ValueError, TypeError) as e:
             raise RecipeError(

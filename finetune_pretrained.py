@@ -37,7 +37,8 @@ try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, VAE, Items, Parts, RecipeError, Run, Settings, colour, copy_rate, find_images,
         find_labels, fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture,
-        read_image, read_json, read_mask, say, square, trained_weights, uniforms, with_state, write_aside, write_weights,
+        read_image, read_json, read_mask, read_settings, say, square, trained_weights, uniforms, with_state, write_aside,
+        write_weights,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -588,12 +589,14 @@ def run_settings(place):
     """The settings of the run folder of ours that --weights is, or lies in; {} for other weights. RecipeError for a run of
     this script, whose weights are --merge's."""
     place = Path(place).expanduser()
-    about = read_json((place if place.is_dir() else place.parent) / "settings.json")
+    about = read_settings(place if place.is_dir() else place.parent)
     if about.get("recipe") == RECIPE and place.name != "merged.safetensors":
         raise RecipeError(
             f"{place} is a run of this script: add --merge to its --out_dir, then give its merged.safetensors.", 2
         )
-    return about.get("settings", {}) if str(about.get("recipe")).startswith(("nextdit", RECIPE)) else {}
+    kinds = {"target_size": int, "vae": str, "predict": str}
+    ours = about.get("settings", {}) if str(about.get("recipe")).startswith(("nextdit", RECIPE)) else {}
+    return ours if all(isinstance(ours.get(k, kind()), kind) for k, kind in kinds.items()) else {}
 
 
 def predicted(place):
@@ -653,7 +656,10 @@ def read_weights(place):
         for name in ("ema", "model_ema", "state_dict", "model"):  # a checkpoint around the weights
             state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
         for key, value in state.items() if isinstance(state, dict) else ():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and isinstance(key, str):
+                size = value.numel() * value.element_size()
+                if value.layout is not torch.strided or value.is_meta or value.untyped_storage().nbytes() < size:
+                    raise RecipeError(f"{key} in {path} is no plain tensor; save the weights anew, e.g. as .safetensors.", 2)
                 while key.startswith(WRAPPERS):
                     key = key.split(".", 1)[1]
                 if key in tensors:
@@ -669,12 +675,14 @@ def read_geometry(state, cfg):
     def shape(name):
         return tuple(state[name].shape) if name in state else ()
 
-    layers = {int(k.split(".")[1]) for k in state if k.startswith("layers.") and k.split(".")[1].isdigit()}
+    layers = {int(k.split(".")[1]) for k in state if k.startswith("layers.") and k.split(".")[1].isdecimal()}
     needed = ["x_embedder.weight", "final_layer.linear.weight"]
     needed += ["layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"]
     if any(name not in state for name in needed):
         raise RecipeError(f"--weights {cfg.weights} is no NextDiT of this kind: {next(n for n in needed if n not in state)} is "
             f"missing; it has {', '.join(list(state)[:3])} ... ({len(state)} tensors).", 2)  # fmt: skip
+    if odd := next((n for n in needed if len(shape(n)) != 2 or 0 in shape(n)), ""):
+        raise RecipeError(f"--weights {cfg.weights} is no NextDiT of this kind: {odd} has the shape {shape(odd)}.", 2)
     (dim, area), hidden, kv = shape(needed[0]), shape(needed[3])[0], shape(needed[2])[0]
     ours = run_settings(cfg.weights) if cfg.weights else {}
     heads = cfg.heads or (shape("layers.0.attention.gate") or (HEADS.get(dim, 0),))[0]

@@ -62,9 +62,10 @@ GUIDE = "128,128,64@0.2 256,256,64@0.6 perceptual"  # what --stages guide stands
 
 def triple(text):
     """(w, h, d) of a text such as 64,64,32; () of an empty one. ValueError names what it takes."""
-    if not re.fullmatch(r"(\d+(\.\d+)?(,\d+(\.\d+)?){2})?", text.replace("x", ",").replace(" ", "")):
-        raise ValueError("three numbers with commas between, such as 64,64,32")
-    return tuple(float(v) for v in re.findall(r"[\d.]+", text))
+    text = text.replace("x", ",").replace(" ", "")
+    if not re.fullmatch(r"(\d{1,6}(\.\d{1,6})?(,\d{1,6}(\.\d{1,6})?){2})?", text) or text and 0 in map(float, text.split(",")):
+        raise ValueError("three numbers above 0 with commas between, such as 64,64,32")
+    return tuple(float(v) for v in text.split(",")) if text else ()
 
 
 @dataclass
@@ -122,8 +123,8 @@ def settle(cfg):
     whole = not (cfg.time_budget or cfg.deadline or cfg.num_steps or cfg.num_epochs != Config.num_epochs)
     if not cfg.data_dir and whole:
         cfg.num_steps = 800  # enough for the built-in phantoms
-    cfg.target_size = cfg.target_size or ("32,32,16" if not cfg.data_dir else "128,128,64" if card else "64,64,32")
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)+", cfg.channels):
+    cfg.target_size = cfg.target_size.strip() or ("32,32,16" if not cfg.data_dir else "128,128,64" if card else "64,64,32")
+    if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4}){1,7}", cfg.channels):
         raise RecipeError(f"--channels is {cfg.channels!r}; it takes a width for each level, such as 16,32,64.", 2)
     widths = [int(c) for c in cfg.channels.split(",")]
     common = math.gcd(*widths)
@@ -132,12 +133,14 @@ def settle(cfg):
         fit = " or ".join(str(g) for g in range(2, 33) if common % g == 0) or "1"
         raise RecipeError(f"--norm_groups is {cfg.norm_groups}, which does not divide all of --channels {cfg.channels}; {fit} "
             "does, or 0 leaves it to the script.", 2)  # fmt: skip
-    if not re.fullmatch(r"[1-9]\d*,[1-9]\d*", cfg.disc):
+    if not re.fullmatch(r"[1-8],[1-9]\d{0,3}", cfg.disc):
         raise RecipeError(f"--disc is {cfg.disc!r}; it takes layers and width, such as 2,16 or 3,32.", 2)
     cfg.stages = GUIDE if cfg.stages == "guide" else cfg.stages
     stages, factor = stages_of(cfg), 2 ** (len(widths) - 1)
     for end, size, perceptual in stages:
-        least = max(8, 2 * factor, 3 * 2 ** int(cfg.disc[0]) if cfg.gan and end > cfg.gan_start else 0, 20 * perceptual)
+        least = max(
+            8, 2 * factor, 3 * 2 ** int(cfg.disc.split(",")[0]) if cfg.gan and end > cfg.gan_start else 0, 20 * perceptual
+        )
         if any(s % factor or s < least for s in size):
             better = ",".join(str(max(least, round(s / factor) * factor)) for s in size)
             more = f"{' and the discriminator' * bool(cfg.gan)}{' and the perceptual loss' * perceptual}"
@@ -197,6 +200,8 @@ def read_volume(path, cfg):
     if volume.ndim != 3:
         few = "slices belong into one volume" if volume.ndim < 3 else "save one of its volumes, e.g. a[..., 0]"
         raise ValueError(f"it has the shape {volume.shape} and a scan has 3 axes: {few}")
+    if not volume.size:
+        raise ValueError(f"it has the shape {volume.shape}: no voxel")
     if not np.isfinite(volume).all():
         share = 1 - np.isfinite(volume).mean()
         raise ValueError(f"{share:.2%} of its voxels are NaN or infinite: replace them, e.g. by numpy.nan_to_num")
@@ -209,6 +214,10 @@ def read_volume(path, cfg):
 
         tensor = Orientation("RAS", labels=None)(MetaTensor(torch.from_numpy(volume)[None], affine=torch.from_numpy(affine)))
         if cfg.spacing:
+            voxels = np.linalg.norm(np.asarray(tensor.affine, np.float64)[:3, :3], axis=0)
+            if not volume.size * math.prod(voxels) / math.prod(triple(cfg.spacing)) < 2**30:
+                raise ValueError(f"voxels of {np.round(voxels, 3).tolist()} mm would become more than a billion of --spacing "
+                    f"{cfg.spacing}: is its header right?")  # fmt: skip
             tensor = Spacing(triple(cfg.spacing), padding_mode="border", dtype=np.float32)(tensor)
         volume, affine = tensor.numpy()[0], np.asarray(tensor.affine, np.float64)
     elif cfg.spacing:

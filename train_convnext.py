@@ -29,8 +29,6 @@ import sys
 import time
 import types
 import warnings
-import zipfile
-import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,15 +159,24 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files}
-    except (*UNREADABLE, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as e:
-        raise RecipeError(f"{path} cannot be read as .npz ({e}).", 2) from None
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever zipfile, zlib and numpy make of a damaged file
+        raise RecipeError(
+            f"{path} cannot be read as .npz ({(str(e).splitlines() or [type(e).__name__])[0][:150]}).", 2
+        ) from None
+    if flat := [k for k, a in arrays.items() if a.ndim == 0]:
+        raise RecipeError(f"{path}: {flat[0]} is one value, no array. {takes}", 2)
     splits, named = {}, [str(c) for c in arrays.get("classes", [])]
     for split in ("train", "val", "test"):
         plain = ("images", "labels") if split == "train" else ("", "")
         pairs = ((f"{split}_images", f"{split}_labels"), (f"x_{split}", f"y_{split}"), plain)
         images, labels = next(((arrays[i], arrays[k]) for i, k in pairs if i in arrays and k in arrays), (None, None))
         if f"{split}_jpeg" in arrays and f"{split}_offsets" in arrays:
-            images = np.split(arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"][1:-1])
+            packed, ends = arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"]
+            if packed.ndim != 1 or ends.ndim != 1 or ends.dtype.kind not in "iu" or packed.dtype != np.uint8:
+                raise RecipeError(f"{path}: {split}_jpeg takes bytes (uint8) end to end, {split}_offsets whole numbers.", 2)
+            images = np.split(packed, ends[1:-1].astype(np.int64))
             labels = arrays.get(f"{split}_labels")
         elif images is not None and (images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3):
             what = f"{split} images are {images.dtype} {images.shape}"
@@ -180,7 +187,7 @@ def read_npz(path):
             what = f"{len(images)} {split} images and labels of shape {labels.shape}"
             raise RecipeError(f"{path}: {what}; each image needs one label.", 2)
         texts = [str(v) for v in labels.ravel().tolist()]
-        texts = [named[int(t)] if named and t.isdigit() and int(t) < len(named) else t for t in texts]
+        texts = [named[int(t)] if named and t.isdecimal() and int(t) < len(named) else t for t in texts]
         splits[split] = types.SimpleNamespace(images=images, labels=texts)
     if not splits or not all(part.labels for part in splits.values()):
         raise RecipeError(f"{path} holds {', '.join(arrays) or 'nothing'}. {takes}", 2)
@@ -257,7 +264,7 @@ def label_of(record):
 # Copied from train_latent_cfg.py::natural
 def natural(text):
     """A key that sorts ID_2 before ID_10."""
-    return [(int(part), "") if part.isdigit() else (0, part.lower()) for part in re.split(r"(\d+)", text)], text
+    return [(int(part), "") if part.isdecimal() else (0, part.lower()) for part in re.split(r"(\d+)", text)], text
 
 
 def load_picture(record, size):

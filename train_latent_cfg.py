@@ -18,11 +18,9 @@ import dataclasses
 import functools
 import json
 import math
-import pickle
 import re
 import time
 import types
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +103,8 @@ def settle(cfg):
         cfg.num_steps = 0
     elif cfg.num_steps == Config.num_steps and not (cfg.data_dir or cfg.time_budget or cfg.deadline):
         cfg.num_steps = 600  # enough for the built-in shapes
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", cfg.mults):
-        raise RecipeError(f"--mults is {cfg.mults!r}; it takes whole numbers with commas between, such as 1,2,4.", 2)
+    if not re.fullmatch(r"[1-9]\d{0,2}(,[1-9]\d{0,2}){0,7}", cfg.mults):
+        raise RecipeError(f"--mults is {cfg.mults!r}; it takes up to 8 whole numbers with commas between, such as 1,2,4.", 2)
     unit = cfg.factor * 2 ** cfg.mults.count(",")
     if cfg.target_size % unit:
         raise RecipeError(f"--target_size is {cfg.target_size}; here it takes a multiple of {unit} (factor and levels).", 2)
@@ -196,7 +194,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def natural(text):
     """A key that sorts ID_2 before ID_10."""
-    return [(int(part), "") if part.isdigit() else (0, part.lower()) for part in re.split(r"(\d+)", text)], text
+    return [(int(part), "") if part.isdecimal() else (0, part.lower()) for part in re.split(r"(\d+)", text)], text
 
 
 def open_data(cfg, run):
@@ -700,7 +698,7 @@ def load_encoder(codec, cfg):
     try:
         codec.load_state_dict(load_tensors(Path(cfg.encoder_weights).expanduser())["model"])
         codec.begun = 0.0
-    except (*UNREADABLE, RuntimeError, KeyError, TypeError, IndexError, pickle.PickleError, zipfile.BadZipFile) as e:
+    except (*UNREADABLE, RuntimeError, LookupError, TypeError, AttributeError) as e:
         why = str(e).splitlines()[-1].strip()[:120]
         raise RecipeError(f"--encoder_weights {cfg.encoder_weights} does not fit ({why}). It takes an encoder.pt of "
             f"--factor {cfg.factor} --latent_channels {cfg.latent_channels}.", 2) from None  # fmt: skip

@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, Items, Parts, RecipeError, Run, Settings, find_images, is_out_of_memory,
-        load_tensors, main, mix, open_records, opt, picture, read_image, say, trained_weights, uniforms, with_state,
+        load_tensors, main, mix, open_image, open_records, opt, picture, read_image, say, trained_weights, uniforms, with_state,
         write_aside,
     )  # fmt: skip
 except ImportError as e:
@@ -826,15 +826,23 @@ def read_weights(path):
         ) from None
     for name in ("params_ema", "params", "state_dict", "model"):
         state = state.get(name, state) if isinstance(state, dict) else {}
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    plain = (
+        {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        if isinstance(state, dict)
+        else {}
+    )
+    return {k.removeprefix("module."): v for k, v in plain.items() if v.layout is torch.strided and v.is_floating_point()}
 
 
 def start_from(model, cfg):
     """Take the weights of --init into `model`; say what matched. RecipeError where nothing did."""
     state, mine = read_weights(cfg.init), model.state_dict()
     features, blocks, growth, scale = shape_of(state)
-    if growth != PRESETS[cfg.preset][2] and features == PRESETS[cfg.preset][0]:
-        state = regrow(state, PRESETS[cfg.preset][2])
+    try:
+        if growth != PRESETS[cfg.preset][2] and features == PRESETS[cfg.preset][0]:
+            state = regrow(state, PRESETS[cfg.preset][2])
+    except (RuntimeError, ValueError, IndexError) as e:
+        raise RecipeError(f"--init {cfg.init} is no RRDBNet throughout ({str(e).splitlines()[0][:150]}).", 2) from None
     fits = {k: v.to(mine[k].dtype) for k, v in state.items() if k in mine and v.shape == mine[k].shape}
     other = [k for k in mine if k not in fits]
     if len(fits) < len(mine) / 2:
@@ -1083,7 +1091,7 @@ def load(run_dir, device="cpu"):
 
 def read_deep(path):
     """(float32 [h, w, 1 to 4] in 0..1, whether the file has 16 bits): gray, gray + alpha, RGB or RGBA."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         raw = str(image.tile[0][3]) if image.tile else ""
         if image.mode[0] not in "IF" and ";16" in raw:  # Pillow would drop eight bits of colour
             try:

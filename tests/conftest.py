@@ -17,6 +17,17 @@ REAL = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
+RECIPES = {  # flags that make a run of a second or two on built-in data; a recipe that lands adds its line here
+    "train_ultrafast_srcnn": "--target_size 24 --batch_size 2 --num_steps 6",
+    "train_realesrgan_optimized": "--target_size 32 --batch_size 2 --num_steps 6 --degradation real --gan --gan_share 0.5 "
+    "--val_images 1",
+    "train_nextdit_fast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 6 --steps 2 --val_images 2",
+    "train_nextdit_ultrafast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 6 --steps 2 --val_images 2",
+    "train_latent_cfg": "--target_size 16 --dim 8 --mults 1,2 --batch_size 2 --num_steps 6 --steps 2 --val_images 4",
+    "train_autoencoder3d": "--target_size 16,16,8 --channels 4,8,8 --batch_size 2 --num_steps 6 --val_crops 2",
+    "train_convnext": "--base_channels 8 --target_size 16 --batch_size 2 --num_steps 6 --metrics_every 1",
+    "finetune_pretrained": "--target_size 16 --batch_size 2 --num_steps 6 --steps 2 --val_images 2 --heads 2",
+}
 TINY = ["--target_size", "24", "--batch_size", "3", "--num_steps", "9", "--no-use_amp", "--device", "cpu"]
 
 

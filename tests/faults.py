@@ -21,20 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, checkpoint, environment, same
+from conftest import RECIPES, ROOT, checkpoint, environment, same
 from PIL import Image
 
-RECIPES = {  # flags that make a run of a second or two
-    "train_ultrafast_srcnn": "--target_size 24 --batch_size 2 --num_steps 6",
-    "train_realesrgan_optimized": "--target_size 32 --batch_size 2 --num_steps 6 --degradation real --gan --gan_share 0.5 "
-    "--val_images 1",
-    "train_nextdit_fast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 6 --steps 2 --val_images 2",
-    "train_nextdit_ultrafast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 6 --steps 2 --val_images 2",
-    "train_latent_cfg": "--target_size 16 --dim 8 --mults 1,2 --batch_size 2 --num_steps 6 --steps 2 --val_images 4",
-    "train_autoencoder3d": "--target_size 16,16,8 --channels 4,8,8 --batch_size 2 --num_steps 6 --val_crops 2",
-    "train_convnext": "--base_channels 8 --target_size 16 --batch_size 2 --num_steps 6 --metrics_every 1",
-    "finetune_pretrained": "--target_size 16 --batch_size 2 --num_steps 6 --steps 2 --val_images 2 --heads 2",
-}
 STEPS = 6
 HEAVY = ["monai.networks.nets", "nibabel", "torch.utils.tensorboard", "matplotlib.figure", "onnx", "safetensors.torch"]
 PASSING = {
@@ -405,7 +394,7 @@ def mirror_fails(recipe, folder, dice, how="", limit=120):
     faults["goes"] = {"at": [["advance", dice.randint(1, 5), "rename", str(folder / "drive"), str(folder / "away")]]}
     if how == "hangs":
         os.mkfifo(mirror / ".last.pt.part")  # nobody reads: to open it takes for ever
-        flags += ("--time_budget", "20s")
+        flags += ("--time_budget", "10s")
     process = finish(recipe, run, *flags, faults=faults[how], limit=limit)
     said = {"forgets": "did not keep", "goes": "No copy in", "hangs": "still goes on"}[how]
     assert said in process.text, process.text
@@ -551,7 +540,7 @@ def data_vanishes(recipe, folder, dice):
     """The folder of data goes away: a sentence, what was trained is saved; once it is back the same command continues."""
     data, away = data_for(recipe, folder / "data"), folder / "away"
     flags, same_data = (*data_flags(recipe, data), "--num_steps", "14"), data_for(recipe, folder / "same")
-    end, _ = whole(recipe, folder, *data_flags(recipe, same_data), "--num_steps", "14")
+    end, _ = whole(recipe, folder, *data_flags(recipe, same_data), "--num_steps", "14", faults={"uncached": True})
     faults = {"uncached": True, "at": [["advance", dice.randint(1, 12), "rename", str(data), str(away)]]}
     process = Process(recipe, folder / "run", *flags, "--num_workers", "0", faults=faults)  # workers read far ahead
     status = process.wait()

@@ -1,8 +1,7 @@
-"""Nothing is lost: continuing bit for bit, kills, damaged files, full disks, second runs, signals."""
+"""Nothing is lost: continuing bit for bit, damaged files, folders, second runs, signals; test_faults.py has kills and disks."""
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -119,44 +118,6 @@ def test_the_run_folder_is_complete(srcnn, config, tmp_path):
 
 
 # --- kills and damage -------------------------------------------------------------------------------------------------
-def test_kill_9_at_random_moments_and_inside_writes(srcnn, config, images, tmp_path):
-    """Each restart continues, loses one save interval at most (a save follows every update), and the end is the same."""
-    srcnn.train(config(out_dir=str(tmp_path / "whole"), num_steps=20))
-    words = ["--data_dir", images, "--out_dir", tmp_path / "killed", *TINY, "--num_steps", 20, "--save_minutes", 0]
-    dice, seen, kills = random.Random(0), -1, 0
-    for _ in range(12):
-        words_now = command(*words, drive={"slow_write": 0.1} if kills < 3 else {})
-        process = subprocess.Popen(words_now, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        lines, done = [], threading.Event()
-
-        def read(process=process, lines=lines, done=done):
-            for line in process.stdout:
-                lines.append(line)
-                if line.startswith("Before:"):
-                    done.set()
-            done.set()
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        done.wait(60)
-        if kills < 3:
-            time.sleep(dice.uniform(0, 0.8))
-            process.kill()
-            kills += process.wait() == -signal.SIGKILL
-        process.wait()
-        reader.join()
-        text = "".join(lines)
-        start = int(m[1]) if (m := re.search(r"Continuing after update (\d+)", text)) else 0
-        assert start >= seen - 1, text  # what it had reached, less the update whose save was cut
-        steps = [int(n) for n in re.findall(r"^step (\d+)", text, re.M)]
-        seen = max([start, *steps])
-        if process.returncode == 0:
-            break
-    assert kills == 3 and process.returncode == 0, text
-    compare_runs(tmp_path / "killed", tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".*.part"))
-
-
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
 def test_a_damaged_newest_file_falls_back_to_the_one_before(srcnn, config, tmp_path, monkeypatch, capsys, damage):
     srcnn.train(config(out_dir=str(tmp_path / "whole")))
@@ -233,41 +194,6 @@ def test_too_little_space_is_told_before_training(srcnn, config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RecipeError, match="keeps three checkpoints of .* MB free. Free some space"):
         srcnn.train(config())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
-def test_a_disk_that_is_full_is_a_sentence_and_loses_nothing(srcnn, config, images, tmp_path, monkeypatch):
-    words = ["--data_dir", images, "--out_dir", tmp_path / "run", *TINY]
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        with pytest.raises(Stopped):
-            srcnn.train(config())
-    done = run(command(*words, drive={"full_after": 150_000}))
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "Cannot write" in done.stderr and "run the same command again" in done.stderr
-    assert checkpoint(tmp_path / "run")["step"] == 4
-    srcnn.train(config())
-    srcnn.train(config(out_dir=str(tmp_path / "whole")))
-    compare_runs(tmp_path / "run", tmp_path / "whole")
-
-
-def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(srcnn, config, tmp_path, monkeypatch, capsys):
-    """Every kind of file fails to be written between updates 3 and 6, as on a full disk: os.fsync says so."""
-    fsync, now = os.fsync, []
-    step = srcnn.train_step
-    monkeypatch.setattr(
-        srcnn, "train_step", lambda parts, batch, cfg, run: (now.append(run.step), step(parts, batch, cfg, run))[1]
-    )
-
-    def full(f):
-        if now and 3 <= now[-1] <= 6:
-            raise OSError(28, "No space left on device")
-        fsync(f)
-
-    monkeypatch.setattr(os, "fsync", full)
-    metrics = srcnn.train(config(save_minutes=0.0))
-    assert metrics["steps"] == 9 and checkpoint(tmp_path / "run")["step"] == 9
-    assert "No space left on device. What was written before is whole. Training goes on" in capsys.readouterr().out
 
 
 def test_a_torn_line_in_the_log_ends_nothing(srcnn, config, tmp_path):

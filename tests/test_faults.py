@@ -1,6 +1,9 @@
 """Each fault once, on recipes in turn; benchmarks/soak.py has all of them on all recipes, and hundreds of kills."""
 
+import sys
+
 import faults
+import fuzzing
 import pytest
 
 RECIPES = list(faults.RECIPES)
@@ -29,6 +32,15 @@ def test_faults_lose_nothing(fault, tmp_path):
     out = faults.try_fault(fault, CHEAP[OTHERS.index(fault) % len(CHEAP)], tmp_path, 0)
     if "skipped" in out:
         pytest.skip(out["skipped"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="bounds the time of an input by SIGALRM")
+@pytest.mark.parametrize("family", fuzzing.FAMILIES)
+def test_bad_input_is_refused_in_a_sentence(family, tmp_path):
+    """No traceback, no hang, no code run, nothing touched outside the folder, no absurd memory; thousands in the soak."""
+    count = {"settings": 120, "lists": 80, "weights": 80, "volumes": 40, "runs": 12}.get(family, 60)
+    done = fuzzing.FAMILIES[family](tmp_path, count, 0)
+    assert done["inputs"] >= count and done["accepted"] and done["refused"]  # neither all nor none
 
 
 @pytest.mark.slow

@@ -2,31 +2,17 @@
 
 import ast
 import importlib
-import re
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, checkpoint, command, environment, run, same
+from conftest import RECIPES, ROOT, checkpoint, command, run
 
 import common
 
 sys.path.insert(0, str(ROOT / "tools"))
 from bundle import bundle  # noqa: E402
 
-# recipe -> flags that make a run of some seconds on built-in data; a recipe that lands adds its line here
-RECIPES = {
-    "train_ultrafast_srcnn": "--target_size 24 --batch_size 2 --num_steps 4".split(),
-    "train_realesrgan_optimized": "--target_size 32 --batch_size 2 --num_steps 4 --degradation real --gan --gan_share 0.75 "
-    "--val_images 1".split(),
-    "train_nextdit_fast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
-    "train_nextdit_ultrafast": "--target_size 16 --patch 8 --batch_size 2 --num_steps 4 --steps 2 --val_images 2".split(),
-    "train_latent_cfg": "--target_size 16 --dim 8 --mults 1,2 --batch_size 2 --num_steps 4 --steps 2 --val_images 4".split(),
-    "train_autoencoder3d": "--target_size 16,16,8 --channels 4,8,8 --batch_size 2 --num_steps 4 --val_crops 2".split(),
-    "train_convnext": "--base_channels 8 --target_size 16 --batch_size 2 --num_steps 4 --metrics_every 1".split(),
-    "finetune_pretrained": "--target_size 16 --batch_size 2 --num_steps 4 --steps 2 --val_images 2 --heads 2".split(),
-}
 EXACT = {"train_realesrgan_optimized": ["--no-gan"]}  # Adam on a discriminator blows rounding up
 RESULT = {"train_nextdit_fast": "model.safetensors", "train_nextdit_ultrafast": "model.safetensors"}
 RESULT |= {
@@ -40,7 +26,7 @@ others = pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "train_ul
 
 
 def flags(recipe, folder, *more):
-    return [*RECIPES[recipe], "--no-use_amp", "--device", "cpu", "--out_dir", str(folder), *more]
+    return [*RECIPES[recipe].split(), "--no-use_amp", "--device", "cpu", "--out_dir", str(folder), *more]
 
 
 def test_every_script_is_in_the_list():
@@ -96,21 +82,6 @@ def test_the_bundle_runs_alone_as_a_script_and_as_a_notebook_cell(recipe, tmp_pa
     for name, done in (("run", script.result()), ("cell", cell.result())):
         assert done.returncode == 0 and (tmp_path / name / "metrics.json").exists(), done.stderr
     assert "From the environment:" in cell.result().stdout
-
-
-@others
-def test_a_killed_run_continues_bit_for_bit(recipe, tmp_path):
-    whole = subprocess.Popen(command(*flags(recipe, tmp_path / "whole"), recipe=recipe, drive={}), env=environment())
-    words = command(*flags(recipe, tmp_path / "run", "--save_minutes", "0"), recipe=recipe, drive={"slow_write": 0.2})
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        assert any(re.match(r"step [12]\b", line) for line in process.stdout)
-    finally:
-        process.kill()
-    assert process.wait() == -9
-    again = run(command(*flags(recipe, tmp_path / "run"), recipe=recipe, drive={}))
-    assert again.returncode == whole.wait() == 0, again.stderr
-    same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
 
 
 @recipes
