@@ -127,12 +127,12 @@ def check_setting(field, value, source):
     """RecipeError (exit code 2) when a setting's value breaks its rules; `source` is its flag, variable or name."""
     rules, takes = field.metadata, ""
     low, high = rules.get("low", -math.inf), rules.get("high", math.inf)
-    if isinstance(value, (int, float)) and not abs(value) <= 2**53:  # no count, and beyond what a seed or a file takes
-        takes = "a number of at most 9e15"
-    elif "choices" in rules and value not in rules["choices"]:
+    if "choices" in rules and value not in rules["choices"]:
         takes = " or ".join(map(str, rules["choices"]))
     elif isinstance(value, (int, float)) and not low <= value <= high:
         takes = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+    elif isinstance(value, (int, float)) and not abs(value) <= 2**53:  # no count, and beyond what a seed or a file takes
+        takes = "a number of at most 9e15"
     elif "check" in rules:
         try:
             rules["check"](value)
@@ -1361,7 +1361,7 @@ class Run:
             for thing in filter(None, (self.bar, self.board)):
                 with contextlib.suppress(OSError):
                     thing.close()
-            if self.mirror and self.saved >= 0:  # once more, with what the ending wrote
+            if self.mirror and self.saved >= 0 and kind is not KeyboardInterrupt:  # once more, with what the ending wrote
                 self._wait_for_mirror()
                 if not self.mirror.thread or not self.mirror.thread.is_alive():
                     self.mirror.start()
@@ -1559,12 +1559,15 @@ class Run:
         """Save `state` wherever there is space; returns the RecipeError that tells where."""
         for place in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
             folder = place / f"{self.folder.name}-rescued-{self.settings['run']}"
+            made = not folder.exists()
             with contextlib.suppress(OSError, RuntimeError, ValueError, zipfile.BadZipFile):
                 folder.mkdir(exist_ok=True)
                 write_json(folder / "settings.json", self.settings)
                 save_tensors(folder / "last.pt", state)
                 return RecipeError(f"{str(error).partition(' Mend that')[0]} Update {self.step} is saved in {folder} instead. "
                     f"To go on from it: --out_dir NEW --continue_from {shlex.quote(str(folder))}")  # fmt: skip
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
         return error
 
     def write(self, write, must=False):

@@ -594,9 +594,10 @@ def run_settings(place):
         raise RecipeError(
             f"{place} is a run of this script: add --merge to its --out_dir, then give its merged.safetensors.", 2
         )
-    kinds = {"target_size": int, "vae": str, "predict": str}
     ours = about.get("settings", {}) if str(about.get("recipe")).startswith(("nextdit", RECIPE)) else {}
-    return ours if all(isinstance(ours.get(k, kind()), kind) for k, kind in kinds.items()) else {}
+    return (
+        ours if all(isinstance(ours.get(k, t()), t) for k, t in (("target_size", int), ("vae", str), ("predict", str))) else {}
+    )
 
 
 def predicted(place):
@@ -657,8 +658,7 @@ def read_weights(place):
             state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
         for key, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, torch.Tensor) and isinstance(key, str):
-                size = value.numel() * value.element_size()
-                if value.layout is not torch.strided or value.is_meta or value.untyped_storage().nbytes() < size:
+                if value.layout is not torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
                     raise RecipeError(f"{key} in {path} is no plain tensor; save the weights anew, e.g. as .safetensors.", 2)
                 while key.startswith(WRAPPERS):
                     key = key.split(".", 1)[1]

@@ -23,9 +23,11 @@ import faults  # noqa: E402
 import fuzzing  # noqa: E402
 
 
-def soak(recipe, scenarios, folder, deadline, report, lock):
-    """Try (fault, seed, more) of one recipe one after the other until the deadline; count what happened in `report`."""
+def soak(recipe, scenarios, kills, folder, deadline, report, lock):
+    """Try (fault, seed, more) of one recipe one after the other, `killed` until it was so often; count in `report`."""
     for fault, seed, more in scenarios:
+        if fault is faults.killed and kills <= 0:
+            continue
         if time.monotonic() > deadline:
             report["left out"] += 1
             continue
@@ -34,6 +36,7 @@ def soak(recipe, scenarios, folder, deadline, report, lock):
             out, wrong = faults.try_fault(fault, recipe, folder, seed, **more), ""
         except Exception as e:  # a finding, not the end of the soak
             out, wrong = {}, f"{fault.__name__} {recipe} {seed}: {type(e).__name__}: {str(e)[-1500:]}"
+        kills -= out.get("kills", 1)  # one that failed counts, so that there is an end
         with lock:
             row = report["faults"].setdefault(fault.__name__, collections.Counter())
             if out.get("skipped"):
@@ -67,16 +70,16 @@ def main():
     deadline = start + 60 * words.minutes
     counter = collections.Counter
     report = {"kills": 0, "updates lost by a kill": counter(), "places": counter(), "faults": {}, "failed": [], "left out": 0}
-    each, chain = -(-words.kills // len(faults.RECIPES)), 4  # kills of a recipe, and of one run
-    scenarios = [(faults.killed, words.seed + k, {"kills": chain, "timed": k % 3 == 2, "export": k % 3 == 1})
-        for k in range(-(-each // chain))]  # fmt: skip
+    each = -(-words.kills // len(faults.RECIPES))  # of a recipe; a run takes four or fewer, since it may end before the next
+    scenarios = [(faults.killed, words.seed + k, {"kills": 4, "timed": k % 3 == 2, "export": k % 3 == 1})
+        for k in range(each)]  # fmt: skip
     others = [f for f in faults.FAULTS if f not in (faults.killed, faults.mirror_fails)]
     scenarios += [(f, words.seed + k, {}) for k in range(words.rounds) for f in others]
     scenarios += [(faults.mirror_fails, f"{words.seed + k}-{how}", {"how": how})
         for k in range(words.rounds) for how in ("forgets", "goes", "hangs")]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         faults.server()
-        jobs = [pool.submit(soak, recipe, scenarios, Path(folder), deadline, report, lock) for recipe in faults.RECIPES]
+        jobs = [pool.submit(soak, recipe, scenarios, each, Path(folder), deadline, report, lock) for recipe in faults.RECIPES]
         for job in jobs:
             job.result()
     report["inputs"] = {}

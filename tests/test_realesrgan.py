@@ -1046,6 +1046,7 @@ def test_sixteen_bits_of_colour_without_opencv_is_a_sentence(tmp_path, monkeypat
 def test_an_interrupted_run_upscales_with_its_best_weights(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("lock"))
     (tmp_path / "run" / "metrics.json").unlink()
+    (tmp_path / "run" / "realESRGAN_fast_training.pth").unlink()
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
     same(dict(recipe.load(tmp_path / "run").state_dict()), dict(best["model"]))
     assert "has not finished; these are its best weights so far" in capsys.readouterr().out and best["step"] > 0

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import RECIPES, ROOT, checkpoint, command, run
+from faults import finish
 
 import common
 
@@ -87,13 +88,12 @@ def test_the_bundle_runs_alone_as_a_script_and_as_a_notebook_cell(recipe, tmp_pa
 @recipes
 def test_untrained_weights_never_look_like_a_result(recipe, tmp_path):
     """The rehearsal exports for a try; what a stopped run leaves under the export's name would be its start."""
-    folder = tmp_path / "run"
-    done = run(command(*flags(recipe, folder), recipe=recipe, drive={"export": True, "stop_at": 2}))
-    assert done.returncode == 143 and "after update 2, which is saved" in done.stderr, done.stderr
-    result = RESULT.get(recipe, "*.onnx")
-    assert not list(folder.rglob(result)) and not list(folder.glob("tmp*"))
-    done = run(command(*flags(recipe, folder), recipe=recipe, drive={"export": True}))
-    assert done.returncode == 0 and len(list(folder.glob(result))) == 1, done.stderr
+    folder, result = tmp_path / "run", RESULT.get(recipe, "*.onnx")
+    done = finish(recipe, folder, faults={"export": True, "stop_at": 2}, code=143)
+    assert "after update 2, which is saved" in done.text
+    assert not list(folder.rglob(result)) and not list(folder.glob("tmp*")) and not list(folder.glob(".*.part"))
+    finish(recipe, folder, faults={"export": True})
+    assert len(list(folder.glob(result))) == 1
 
 
 @others
