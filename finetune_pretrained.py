@@ -36,9 +36,8 @@ from torch.utils.checkpoint import checkpoint
 try:
     from common import (  # isort: skip
         EMA, SAMPLE_MARKS, UNREADABLE, VAE, Items, Parts, RecipeError, Run, Settings, colour, copy_rate, find_images,
-        find_labels, fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture,
-        read_image, read_json, read_mask, read_settings, say, square, trained_weights, uniforms, with_state, write_aside,
-        write_weights,
+        find_labels, fundus, load_tensors, main, mask_picture, mirrored, mix, open_records, opt, overlay, picture, read_image,
+        read_json, read_mask, read_settings, say, square, trained_weights, uniforms, with_state, write_aside, write_weights,
     )  # fmt: skip
 except ImportError as e:
     if e.name != "common":
@@ -595,9 +594,8 @@ def run_settings(place):
             f"{place} is a run of this script: add --merge to its --out_dir, then give its merged.safetensors.", 2
         )
     ours = about.get("settings", {}) if str(about.get("recipe")).startswith(("nextdit", RECIPE)) else {}
-    return (
-        ours if all(isinstance(ours.get(k, t()), t) for k, t in (("target_size", int), ("vae", str), ("predict", str))) else {}
-    )
+    kinds = (("target_size", int), ("vae", str), ("predict", str))
+    return ours if all(isinstance(ours.get(k, kind()), kind) for k, kind in kinds) else {}
 
 
 def predicted(place):
