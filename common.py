@@ -46,6 +46,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 SAMPLE_MARKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # shares of a run at which a recipe shows samples; 1.0 is its ending
 BAD_LIMIT = 5  # so many non-finite updates in a row are no accident
 HEARTBEAT = 5.0  # seconds between two log lines, and between two writes of the time used
+GONE = "(?i)connection (closed|reset|refused)|broken pipe|timed? ?out|remote process|closed by peer"  # how a lost process shows
 YES_NO = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
@@ -226,7 +227,7 @@ def main(run, config, doc=""):
             message, code = f"Out of memory: {why} Try a smaller --target_size or --batch_size.", 1
         elif "home directory" in why:  # ~somebody/folder
             message, code = f"{why} Write the path out, without ~.", 2
-        elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("(?i)gloo|nccl|peer|store|timed? ?out", why):
+        elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(GONE, why):
             message, code = (
                 f"Another process of this run is gone ({why[:150]}). The same command continues from the last save.",
                 1,
@@ -503,13 +504,18 @@ def check_zip(path):
     with zipfile.ZipFile(path) as z:
         if any(record.compress_type != zipfile.ZIP_STORED for record in z.infolist()):
             raise zipfile.BadZipFile("it is compressed, which no checkpoint is")
-        if z.testzip():
-            raise zipfile.BadZipFile(f"{z.testzip()} in it is damaged")
+        if bad := z.testzip():
+            raise zipfile.BadZipFile(f"{bad} in it is damaged")
 
 
 def save_tensors(path, state):
-    """torch.save of tensors and plain values, written aside and read back before it takes its name."""
-    write_aside(path, lambda f: torch.save(state, f), check_zip)
+    """torch.save of tensors and plain values, written aside and read back before it takes its name; OSError if that fails."""
+    try:
+        write_aside(path, lambda f: torch.save(state, f), check_zip)
+    except (RuntimeError, zipfile.BadZipFile) as e:  # as torch tells a full disk; and what did not read back
+        if is_out_of_memory(e):
+            raise
+        raise OSError(errno.EIO, (str(e) or "it did not read back").splitlines()[0][:150], str(path)) from e
 
 
 def load_tensors(path, device="cpu"):
@@ -542,6 +548,8 @@ def trained_weights(run_dir, recipe, config, *names):
     try:
         yield config(**{k: v for k, v in about["settings"].items() if k in config.__dataclass_fields__}), path
     except (*UNREADABLE, RuntimeError, LookupError, AttributeError, TypeError, pickle.UnpicklingError) as e:
+        if is_out_of_memory(e):
+            raise
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:150]
         raise RecipeError(f"{path} holds no network of this run ({why}).", 2) from e
 
@@ -567,8 +575,8 @@ def write_weights(path, state, about=None):
 class Mirror:
     """Copies of a run folder's files in a second folder, made by a thread: a drive that is slow, full or gone stops no run.
 
-    A copy is written aside, flushed, read back and compared before it takes its name; the checkpoint before it stays, as
-    previous.pt. What fails is said and tried again with the next save.
+    A copy is written aside, flushed, read back (as far as the system does not answer from its own memory) and compared before
+    it takes its name; the checkpoint before it stays, as previous.pt. What fails is said and tried again with the next save.
     """
 
     def __init__(self, source, target, owner):
@@ -580,49 +588,57 @@ class Mirror:
         files = (p for p in self.target.rglob("*") if p.is_file() and not p.name.startswith("."))
         if theirs.get("run") != self.owner and (theirs or any(p.relative_to(self.target) not in self.copied for p in files)):
             return "holds another run or other files"
-        if (mine := read_clock(self.source).get("used", 0.0)) < used - HEARTBEAT:
+        if (mine := read_clock(self.source).get("used", math.inf)) < used - HEARTBEAT:
             return f"holds this run further on, {clock_text(used)} of training against {clock_text(mine)} in {self.source}"
         return ""
 
     def start(self):
         """Begin to copy what has changed; while the copying before still goes on, only say that."""
-        if self.thread and self.thread.is_alive():
-            return say(f"The copying to {self.target} still goes on; this save is not copied.")
-        self.thread = threading.Thread(target=self._copy, daemon=True)
+        name = f"copying to {self.target}"
+        if any(thread.name == name for thread in threading.enumerate()):  # an earlier run's of this process too
+            return say(f"The {name} still goes on; this save is not copied.")
+        self.thread = threading.Thread(target=self._copy, name=name, daemon=True)
         return self.thread.start()
 
-    def wait(self, seconds):
-        """Wait until the copying is done, for so many seconds at most."""
-        if self.thread:
-            self.thread.join(seconds)
-            if self.thread.is_alive():
-                say(f"The copying to {self.target} is not done after {clock_text(seconds)} more; {self.source} has everything.")
+    def wait(self, seconds, enough=lambda: False):
+        """Wait until the copying is done, for so many seconds at most, or until enough()."""
+        end, told = time.monotonic() + seconds, time.monotonic() + 2
+        while self.thread and self.thread.is_alive() and not enough():  # in short spells, which Ctrl-C can end everywhere
+            self.thread.join(0.2)
+            if time.monotonic() > end:
+                return say(f"The {self.thread.name} is not done in {clock_text(seconds)}; {self.source} has everything.")
+            if time.monotonic() > told:
+                told = say(f"Waiting for the {self.thread.name} ...") or math.inf
+        return None
 
     def _copy(self):
         start = time.monotonic()
         try:
-            self.target.mkdir(exist_ok=True)  # not its parents: where a drive was mounted there is none of ours
+            if self.copied and not self.target.is_dir():  # and an empty mount point is not the drive
+                raise OSError("the folder is gone; is the drive mounted?")
+            self.target.mkdir(exist_ok=True)
             if why := self.stranger():
                 raise OSError(f"it {why}")
-            for path in sorted(self.source.rglob("*"), key=lambda p: p.name == "last.pt"):  # the last completes it
-                name, first = path.relative_to(self.source), path.relative_to(self.source).parts[0]
-                left_out = first in ("lock", "next.pt", "previous.pt", "latents.pt", "tensorboard") or ".part" in first
-                if left_out or not path.is_file():
-                    continue
-                state = path.stat().st_size, path.stat().st_mtime_ns
-                there = (self.target / name).stat().st_size if (self.target / name).exists() else None
-                if self.copied.get(name) == state and there == state[0]:
-                    continue
-                if self.copied.get(name) and there is None:
-                    say(f"{self.target} did not keep {name}; is that drive full or gone? It is copied again.")
-                self._one(name)
-                self.copied[name] = state
+            names = [Path(top, n).relative_to(self.source) for top, _, files in os.walk(self.source) for n in files]
+            first = ("lock", "next.pt", "previous.pt", "latents.pt", "tensorboard")
+            names = [n for n in names if not (n.parts[0] in first or any(part.startswith(".") for part in n.parts))]
+            for name in sorted(names, key=lambda n: (n.name != "settings.json", n.name == "last.pt")):  # ours, ..., complete
+                with contextlib.suppress(FileNotFoundError):  # gone meanwhile: the next save has it
+                    about = (self.source / name).stat()
+                    state = about.st_size, about.st_mtime_ns
+                    self._one(name, state)
         except Exception as e:  # whatever a drive may answer: the run itself is not touched by it
             say(f"No copy in {self.target}: {getattr(e, 'strerror', None) or e}. Training goes on and tries again.")
         self.longest = max(self.longest, time.monotonic() - start)
 
-    def _one(self, name):
+    def _one(self, name, state):
+        """Copy a file whose (size, time) is not what was copied last."""
         target, sums = self.target / name, [hashlib.blake2b(), hashlib.blake2b()]
+        there = (target.stat().st_size, target.stat().st_mtime_ns) if target.exists() else None
+        if there == state or (there and there[0] == state[0] and self.copied.get(name) == state):
+            return  # where the drive keeps times, of an earlier session too
+        if self.copied.get(name) and not there:
+            say(f"{self.target} did not keep {name}; is that drive full or gone? It is copied again.")
 
         def blocks(path, total):
             with open(path, "rb") as f:
@@ -640,6 +656,8 @@ class Mirror:
 
         target.parent.mkdir(exist_ok=True)
         write_aside(target, lambda f: [f.write(b) for b in blocks(self.source / name, sums[0])], check)
+        self.copied[name] = state
+        os.utime(target, ns=(state[1], state[1]))
 
 
 class Parts(types.SimpleNamespace):
@@ -1214,7 +1232,7 @@ class Run:
         self.parts = self.data = self.board = self.bar = self.mirror = self.late = None
         self.clock = Clock()
         self.asked, self.saved, self.judged, self.ddp, self.probed, self.sums, self.settings = "", -1, -1, {}, set(), {}, {}
-        self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = False
+        self.leaving = self.stepping = self.rehearsing = self.hurried = self.worse = self.rescued = False
         self.settled, self.undo, self.process = True, contextlib.ExitStack(), os.getpid()
         folder = cfg.out_dir or os.path.join("results", recipe + ("" if cfg.data_dir else "-demo"))
         self.folder = Path(folder).expanduser()
@@ -1256,7 +1274,7 @@ class Run:
                     undo.callback(signal.signal, getattr(signal, name), signal.signal(getattr(signal, name), self._on_signal))
             hook = threading.excepthook
             undo.callback(setattr, threading, "excepthook", hook)  # TensorBoard writes in a thread, and a full disk is no bug
-            threading.excepthook = lambda e: say(f"TensorBoard: {e.exc_value}") if isinstance(e.exc_value, OSError) else hook(e)
+            threading.excepthook = lambda e: say(f"In a thread: {e.exc_value}") if isinstance(e.exc_value, OSError) else hook(e)
             if self.main:
                 done = threading.Event()
                 beat = threading.Thread(target=self._beat, args=(done,), daemon=True)
@@ -1277,6 +1295,25 @@ class Run:
         if strangers and theirs != self.recipe:
             what = f"a run of {theirs}" if theirs else "files that are not a run of this recipe"
             raise RecipeError(f"{folder} holds {what}; nothing was touched. Choose another --out_dir.", 2)
+        mirror = Path(self.cfg.mirror_dir).expanduser() if self.cfg.mirror_dir else None
+        if mirror:
+            a, b = folder.resolve(), mirror.resolve()
+            if a == b or a in b.parents or b in a.parents:
+                raise RecipeError(f"--mirror_dir {mirror} and the run folder {folder} lie in each other; choose a folder on "
+                    "another disk.", 2)  # fmt: skip
+            if not any((folder / name).exists() for name in CHECKPOINTS) or self.cfg.fresh:
+                try:
+                    mirror.mkdir(exist_ok=True)
+                except OSError as e:
+                    raise RecipeError(
+                        f"--mirror_dir {mirror}: {e.strerror}. Is the drive mounted? Nothing was begun.", 2
+                    ) from None
+            mine, copy = read_settings(folder).get("run"), read_settings(mirror)
+            whose = copy.get("recipe") == self.recipe and mine in (None, copy.get("run")) and not (mirror / "lock").exists()
+            if self.cfg.fresh and whose:
+                self._rename_older(mirror)
+            elif self.cfg.fresh and (why := Mirror(folder, mirror, mine).stranger()):
+                raise RecipeError(f"--mirror_dir {mirror} {why}; nothing was touched. Choose another --mirror_dir.", 2)
         if self.cfg.fresh and theirs:
             self._lock().release()  # nobody is in it
             self._rename_older(folder)
@@ -1284,19 +1321,26 @@ class Run:
         undo.callback(self._lock().release)
         for part in folder.glob(".*.part") if theirs else ():  # what a kill left of a write
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        if not read_settings(folder):
-            write_json(
-                folder / "settings.json", {"recipe": self.recipe, "run": os.urandom(8).hex()}
-            )  # known as ours from now on
+        self._name_run()  # known as ours from now on
         source = Path(self.cfg.continue_from).expanduser()
+        if mirror and not self.cfg.fresh and read_settings(mirror).get("run", 0) == read_settings(source).get("run"):
+            if read_clock(mirror).get("used", 0) > read_clock(source).get("used", 0):
+                source = mirror  # an earlier session went on from --continue_from
         if self.cfg.continue_from and not any((folder / name).exists() for name in CHECKPOINTS[:2]):
             theirs = read_settings(source).get("recipe")
             if theirs != self.recipe or not any((source / name).exists() for name in CHECKPOINTS):
                 what = f"a run of {theirs}" if theirs not in (None, self.recipe) else "no checkpoint"
                 raise RecipeError(f"--continue_from {source} holds {what}; give the run folder of an earlier session.", 2)
             self._fill(source)
-        if self.cfg.mirror_dir:
-            self._open_mirror(Path(self.cfg.mirror_dir).expanduser())
+        if mirror:
+            self._open_mirror(mirror)
+
+    def _name_run(self, name=""):
+        """Give the run in the folder a name of its own, where it has none or `name` is that of the copy to go on from."""
+        about = read_settings(self.folder)
+        if name or not about.get("run"):
+            name = name or os.urandom(8).hex()
+            write_json(self.folder / "settings.json", {"recipe": self.recipe} | about | {"run": name})
 
     def _rename_older(self, folder):
         older = next(p for p in (folder.with_name(f"{folder.name}-old{n}") for n in range(1, 10**6)) if not p.exists())
@@ -1305,33 +1349,29 @@ class Run:
 
     def _fill(self, source):
         """Copy what a run goes on from into the run folder."""
-        names = ("settings.json", "clock.json", "best.pt", "log.jsonl", "previous.pt", "last.pt")  # the last completes it
+        names = ("clock.json", "best.pt", "log.jsonl", "previous.pt", "last.pt")  # the last completes it
+        write_json(self.folder / "settings.json", read_settings(source))
         for name in (n for n in names if (source / n).exists()):
             with open(source / name, "rb") as f:
                 write_aside(self.folder / name, functools.partial(shutil.copyfileobj, f))
+        self._name_run()  # which an old one lacks
         say(f"Continuing the run of {source} in {self.folder}")
 
     def _open_mirror(self, target):
         """Check --mirror_dir, and go on from the run in it where the run folder has none. RecipeError where it cannot be used
         at the start of a run; later that is only said."""
         folder, where = self.folder, f"--mirror_dir {target}"
-        started = any((folder / name).exists() for name in CHECKPOINTS)
-        if {folder.resolve(), *folder.resolve().parents} & {target.resolve()} or folder.resolve() in target.resolve().parents:
-            raise RecipeError(f"{where} and the run folder {folder} lie in each other; choose a folder on another disk.", 2)
-        self.mirror = Mirror(folder, target, read_settings(folder).get("run"))
+        started, half = (any((folder / name).exists() for name in names) for names in (CHECKPOINTS[:2], CHECKPOINTS))
         try:
-            theirs = read_json(target / "settings.json").get("recipe")
-            if self.cfg.fresh and theirs == self.recipe:
-                self._rename_older(target)
+            theirs, copied = read_settings(target), any((target / name).exists() for name in CHECKPOINTS)
+            older = read_clock(target).get("used", 0) < read_clock(folder).get("used", 0) - HEARTBEAT
+            if not (started or self.cfg.fresh or (half and older)) and theirs.get("recipe") == self.recipe:
+                self._fill(target) if copied else self._name_run(theirs.get("run"))
+            self.mirror = Mirror(folder, target, read_settings(folder)["run"])
             target.mkdir(exist_ok=True)
-            if not started and theirs == self.recipe and any((target / name).exists() for name in CHECKPOINTS):
-                self._fill(target)
-                self.mirror.owner = read_settings(folder).get("run")
             why = self.mirror.stranger()
         except OSError as e:
-            if not started:
-                raise RecipeError(f"{where}: {e.strerror}. Is the drive mounted? Nothing was begun.", 2) from None
-            return say(f"{where}: {e.strerror}. Training goes on and tries again.")
+            return say(f"{e.filename or where}: {e.strerror}. Training goes on and tries again.")
         if why:
             raise RecipeError(f"{where} {why}; nothing was touched. Choose another --mirror_dir, or an empty --out_dir to go "
                 "on from it.", 2)  # fmt: skip
@@ -1353,8 +1393,11 @@ class Run:
         with self.undo:
             broke = isinstance(error, Exception) and kind is not Stopped
             if broke and self.step > self.saved >= 0 and not (self.stepping or self.bad):
-                self.save(must=False)  # whatever went wrong, the weights between two updates are good
-                if self.saved == self.step:
+                try:
+                    self.save()  # whatever went wrong, the weights between two updates are good
+                except RecipeError as e:
+                    say(str(e))
+                if self.saved == self.step and not self.rescued:
                     say(f"The run broke off after update {self.step}, which is saved; the same command continues from it.")
             if self.world > 1 and not error:
                 torch.distributed.barrier()  # nobody leaves while the first process is still writing
@@ -1367,9 +1410,11 @@ class Run:
                     self.mirror.start()
                     self._wait_for_mirror()
 
-    def _wait_for_mirror(self):
+    def _wait_for_mirror(self, enough=lambda: False):
         left = self.clock.left() if self.over else 0.1 * self.clock.left()  # a drive that hangs must not eat a short run's time
-        self.mirror.wait(max(2.0, min(left, max(60.0, 3 * self.mirror.longest))))
+        if self.clock.session:
+            left = min(left, self.clock.session - (time.monotonic() - self.clock.start))
+        self.mirror.wait(max(2.0, min(left, 600.0, max(60.0, 3 * self.mirror.longest))), enough)
 
     def _beat(self, done):
         """Write the time used every few seconds, whatever the loop is doing: a kill must not refund any."""
@@ -1464,7 +1509,6 @@ class Run:
             say(f"Earlier starts without a checkpoint used {clock_text(self.clock.before)} of the time; --fresh gives it back.")
         self.settings |= {"recipe": self.recipe, "settings": dataclasses.asdict(self.cfg), "samples": self.samples}
         self.settings |= {"device": self.title, "torch": torch.__version__, "command": shlex.join(sys.argv)}
-        self.settings["run"] = self.settings.get("run") or os.urandom(8).hex()  # of a run that is older than these keys
         if self.main:
             (self.folder / "code").mkdir(exist_ok=True)
             for place in (self.folder, self.folder / "code"):  # what a run cannot go on without lies there twice
@@ -1473,7 +1517,7 @@ class Run:
                 if getattr(module, "__file__", None):  # the code that ran, one copy a session that changed it
                     code = Path(module.__file__).read_bytes()
                     target = self.folder / "code" / f"{Path(module.__file__).stem}-{mix(code) % 10**6}.py"
-                    if state and not target.exists():
+                    if state and not target.exists() and any(target.parent.glob(f"{Path(module.__file__).stem}-*.py")):
                         say(f"{module.__file__} has changed since the last session; --fresh starts over.")
                     write_aside(target, lambda f, code=code: f.write(code))
         was, _ = self.was, self._share()
@@ -1483,8 +1527,10 @@ class Run:
 
     def _read(self):
         """The newest checkpoint that is whole, None where there is none at all; damaged ones are named and kept aside."""
-        damaged = []
-        for path in (self.folder / name for name in CHECKPOINTS):
+        damaged, places = [], [self.folder / name for name in CHECKPOINTS]
+        if self.mirror and self.world == 1:
+            places.insert(2, self.mirror.target / "last.pt")  # newer than the one before
+        for path in places:
             try:
                 state = load_tensors(path)
                 if not isinstance(state, dict) or not {*KEPT, "used", "born", "parts", "scaler"} <= set(state):
@@ -1492,7 +1538,7 @@ class Run:
             except FileNotFoundError:
                 continue
             except ValueError as e:  # an error of the disk or of memory is not the file's fault
-                damaged.append(path)
+                damaged += [path] * (path.parent == self.folder)
                 say(f"{path} is damaged ({e}).")
                 continue
             for other in damaged if self.main else ():
@@ -1511,9 +1557,10 @@ class Run:
             ):
                 raise TypeError("a number in it is none")
             vars(self).update({name: state[name] for name in KEPT})
-        except (RuntimeError, LookupError, AttributeError, ValueError, TypeError) as e:
+        except (RuntimeError, LookupError, AttributeError, ValueError, TypeError, OverflowError) as e:
+            why = (str(e).splitlines() or [""])[-1].strip()
             raise RecipeError(
-                f"The checkpoint in {self.folder} does not fit this script ({str(e).splitlines()[-1].strip()}). The code that "
+                f"The checkpoint in {self.folder} does not fit this script ({why}). The code that "
                 "made it is in its folder code; undo the change, start over with --fresh, or choose another --out_dir."
             ) from e
         self.saved, self.first = self.step, self.step
@@ -1526,6 +1573,8 @@ class Run:
         state = {name: getattr(self, name) for name in KEPT} | {"used": self.clock.used(), "born": self.clock.born}
         state |= {"parts": self.parts.state_dict(), "scaler": self.scaler.state_dict()}
         new, last, self.saved_at = self.folder / "next.pt", self.folder / "last.pt", time.monotonic()
+        if self.mirror and os.name == "nt":
+            self.mirror.wait(60)  # there a file that is being read cannot be renamed
 
         def write():
             self._remake_folder()
@@ -1540,7 +1589,9 @@ class Run:
         try:
             done = self.write(write, must)
         except RecipeError as e:
-            raise (self._rescue(state, e) if self.step > max(self.saved, 0) else e) from e
+            if self.step <= max(self.saved, 0):
+                raise
+            raise self._rescue(state, e) from e
         if done:
             self.saved = self.step
             if self.mirror:
@@ -1552,21 +1603,27 @@ class Run:
             self.folder.mkdir()
             write_json(self.folder / "settings.json", self.settings)
             self.undo.callback(self._lock().release)
-            self.board = None  # its file is gone
+            self.board, self.best = None, {}  # their files are gone; the next evaluation is the best there is
+            write_json(self.folder / "clock.json", {"used": self.clock.used(), "born": self.clock.born, "process": os.getpid()})
             say(f"{self.folder} was gone and is made anew; what was in it before is lost.")
 
     def _rescue(self, state, error):
         """Save `state` wherever there is space; returns the RecipeError that tells where."""
-        for place in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
-            folder = place / f"{self.folder.name}-rescued-{self.settings['run']}"
-            made = not folder.exists()
+        for find in (Path.cwd, Path.home, lambda: Path(tempfile.gettempdir())):  # each of which may raise too
+            folder = None
             with contextlib.suppress(OSError, RuntimeError, ValueError, zipfile.BadZipFile):
-                folder.mkdir(exist_ok=True)
+                folder = find() / f"{self.folder.name}-rescued-{self.settings['run']}-{self.step}"
+                folder.mkdir()
                 write_json(folder / "settings.json", self.settings)
+                write_json(folder / "clock.json", {"used": state["used"], "born": state["born"]})
+                with contextlib.suppress(OSError):
+                    best = self.late or (self.folder / "best.pt").read_bytes()
+                    write_aside(folder / "best.pt", lambda f, best=best: f.write(best))
                 save_tensors(folder / "last.pt", state)
+                self.saved, self.rescued = self.step, True
                 return RecipeError(f"{str(error).partition(' Mend that')[0]} Update {self.step} is saved in {folder} instead. "
                     f"To go on from it: --out_dir NEW --continue_from {shlex.quote(str(folder))}")  # fmt: skip
-            if made:
+            if folder and not (folder / "last.pt").exists():
                 shutil.rmtree(folder, ignore_errors=True)
         return error
 
@@ -1909,8 +1966,8 @@ class Run:
         if self.main and (self.folder / "log.jsonl").exists():
             with contextlib.suppress(ImportError):
                 self.write(lambda: write_aside(self.folder / "curves.png", lambda f: draw_curves(self.folder / "log.jsonl", f)))
-        if self.mirror:
-            self._wait_for_mirror()
+        if self.mirror and not self.over:  # the last copies are made when the run closes
+            self._wait_for_mirror(lambda: bool(self.asked))
             self.ahead += self.mirror.longest  # what the ending exports is copied too
         self.reserve = 1.2 * (time.monotonic() - start + self.ahead) + 0.5
         self._share()

@@ -1147,8 +1147,10 @@ def embed(cfg):
 def compare(cfg):
     """Train baseline and convnext in fp32 and half precision, each in a run and process of its own and for the same time;
     writes comparison.csv and comparison.png beside their folders and returns the rows."""
-    if cfg.deadline or cfg.session_limit:
-        raise RecipeError("--compare runs four times: give --time_budget for each, not --deadline or --session_limit.", 2)
+    if cfg.deadline or cfg.session_limit or cfg.mirror_dir:
+        raise RecipeError(
+            "--compare runs four times: give --time_budget for each, not --deadline, --session_limit or --mirror_dir.", 2
+        )
     top, fields = Path(cfg.out_dir or f"results/{RECIPE}-compare").expanduser(), Config.__dataclass_fields__
     changed = {k for k in fields if getattr(cfg, k) != getattr(Config, k)} - {"target_size", "batch_size", "stem", "num_epochs"}
     own = {"compare", "embed", "out_dir", "arch", "use_amp", "names"}

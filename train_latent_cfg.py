@@ -14,6 +14,7 @@ samples and on 58 % of held-out real images; no sample is a copy. An update take
 denoising-diffusion-pytorch.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -611,9 +612,10 @@ def train_classifier(val, cfg, run):
     key = mix(cfg.names, str(val.real.shape), int(val.real.sum(dtype=torch.int64)), cfg.seed)
     torch.manual_seed(cfg.seed)
     net, path, own = Classifier(len(val.names)), run.folder / "classifier.pt", torch.Generator().manual_seed(cfg.seed)
-    if path.exists() and (state := load_tensors(path))["key"] == key:
-        net.load_state_dict(state["model"])
-        return net.to(run.device).eval()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RuntimeError):  # none yet, or damaged
+        if (state := load_tensors(path))["key"] == key:
+            net.load_state_dict(state["model"])
+            return net.to(run.device).eval()
     say("Training a small classifier on the real images; it will judge the samples ...")
     net, small = net.to(run.device).train(), thumbs(val.real)
     updates = max(2 * EPOCHS, min(EPOCHS * len(small) // 64, 2000))

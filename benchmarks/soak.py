@@ -98,7 +98,7 @@ def main():
     print(json.dumps({k: v for k, v in report.items() if k != "failed"}, ensure_ascii=False))
     for wrong in report["failed"]:
         print("FAILED", wrong)
-    return 1 if report["failed"] or report["left out"] else 0
+    return 1 if report["failed"] or report["left out"] or report["kills"] < words.kills else 0
 
 
 if __name__ == "__main__":

@@ -478,6 +478,7 @@ def test_a_copy_that_reads_back_wrong_never_takes_its_name(tmp_path, monkeypatch
     for content in (b"old", b"new and longer"):
         (source / "last.pt").write_bytes(content)
         mirror = common.Mirror(source, target, None)
+        target.mkdir(exist_ok=True)
         mirror.copied = {common.Path("last.pt"): None}  # the target is known as ours
         if content != b"old":
             monkeypatch.setattr(os, "fsync", lambda f: (os.pwrite(f, b"x", 2), fsync(f)))  # the drive changes a byte
@@ -543,3 +544,101 @@ def test_weights_that_cannot_be_used_are_a_sentence(srcnn, config, tmp_path, dam
     ):
         srcnn.load(tmp_path / "run")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_second_folder_is_found_again_beside_continue_from(srcnn, config, tmp_path, monkeypatch):
+    """Session 1 ran elsewhere, session 2 went on from it and copied to the drive, its disk is lost: session 3 is session 2's
+    command again."""
+    first, mirror = tmp_path / "first", tmp_path / "drive"
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    for k, more in ((3, {"out_dir": str(first)}), (6, {"continue_from": str(first), "mirror_dir": str(mirror)})):
+        with monkeypatch.context() as patch:
+            stop_after(patch, k)
+            with pytest.raises(Stopped, match=f"after update {k}"):
+                srcnn.train(config(**more))
+    for source in (first, mirror):  # the copy of each clock: the drive is further on
+        assert common.read_clock(source)["used"] > 0
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Stopped, match="after update 7"):  # one more, not four
+            srcnn.train(config(continue_from=str(first), mirror_dir=str(mirror)))
+    srcnn.train(config(continue_from=str(first), mirror_dir=str(mirror)))
+    compare_runs(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_without_a_name_gets_one_before_it_is_copied(srcnn, config, tmp_path, capsys):
+    """Runs of earlier versions have none; other people's files are not overwritten for that."""
+    srcnn.train(config(num_steps=1))
+    for place in (tmp_path / "run", tmp_path / "run" / "code"):
+        about = json.loads((place / "settings.json").read_text())
+        del about["run"]
+        (place / "settings.json").write_text(json.dumps(about))
+    strangers = tmp_path / "theirs"
+    strangers.mkdir()
+    (strangers / "best.pt").write_bytes(b"my thesis")
+    with pytest.raises(RecipeError, match="holds another run or other files"):
+        srcnn.train(config(num_steps=2, mirror_dir=str(strangers)))
+    assert (strangers / "best.pt").read_bytes() == b"my thesis"
+    srcnn.train(config(num_steps=2, mirror_dir=str(tmp_path / "drive"), save_minutes=0.0))
+    assert checkpoint(tmp_path / "drive")["step"] == 2 and "No copy" not in capsys.readouterr().out
+
+
+def test_a_second_folder_that_was_half_copied_is_still_this_runs(srcnn, config, tmp_path):
+    mirror = tmp_path / "drive"
+    srcnn.train(config(num_steps=1, mirror_dir=str(mirror)))
+    for path in list(mirror.iterdir()):
+        if path.name not in ("settings.json", "data.png"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(tmp_path / "run")
+    assert srcnn.train(config(num_steps=2, mirror_dir=str(mirror)))["steps"] == checkpoint(mirror)["step"] == 2
+    (mirror / "settings.json").write_bytes(b"damaged")  # its copy in code/ is whole
+    shutil.rmtree(tmp_path / "run")
+    assert srcnn.train(config(num_steps=3, mirror_dir=str(mirror)))["steps"] == checkpoint(mirror)["step"] == 3
+
+
+def test_a_damaged_newest_file_is_taken_from_the_second_folder(srcnn, config, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            srcnn.train(config(save_minutes=0.0, mirror_dir=str(tmp_path / "drive")))
+    (tmp_path / "run" / "last.pt").write_bytes(b"damaged")
+    srcnn.train(config(mirror_dir=str(tmp_path / "drive")))
+    assert "Continuing after update 5," in capsys.readouterr().out
+
+
+def test_fresh_renames_nothing_where_the_drive_is_not_there(srcnn, config, tmp_path):
+    srcnn.train(config(num_steps=1))
+    for place, why in ((tmp_path / "no drive" / "copy", "Is the drive mounted"), (tmp_path, "lie in each other")):
+        with pytest.raises(RecipeError, match=why):
+            srcnn.train(config(fresh=True, mirror_dir=str(place)))
+    assert not list(tmp_path.glob("run-old*")) and checkpoint(tmp_path / "run")["step"] == 1
+    other = tmp_path / "other"  # the run folder of another run is no copy of this one
+    srcnn.train(config(num_steps=1, out_dir=str(other)))
+    with pytest.raises(RecipeError, match="holds another run"):
+        srcnn.train(config(fresh=True, mirror_dir=str(other)))
+    assert not list(tmp_path.glob("other-old*"))
+
+
+def test_the_last_save_is_rescued_where_there_is_space(srcnn, config, tmp_path, monkeypatch):
+    """The drive with data and run folder goes away: reading fails first, and the trained weights are kept all the same."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    step = srcnn.train_step
+
+    def breaks(parts, batch, cfg, run):
+        if run.step == 4:
+            (tmp_path / "drive").rename(tmp_path / "away")
+            raise OSError(5, "Input/output error", "data")
+        return step(parts, batch, cfg, run)
+
+    (tmp_path / "drive").mkdir()
+    monkeypatch.setattr(srcnn, "train_step", breaks)
+    with pytest.raises(OSError):
+        srcnn.train(config(out_dir=str(tmp_path / "drive" / "run")))
+    (kept,) = (tmp_path / "home").iterdir()
+    assert checkpoint(kept)["step"] == 4 and (kept / "clock.json").exists()
+    monkeypatch.setattr(srcnn, "train_step", step)
+    assert srcnn.train(config(continue_from=str(kept)))["steps"] == 9
+    srcnn.train(config(out_dir=str(tmp_path / "whole")))
+    same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])

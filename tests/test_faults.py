@@ -9,6 +9,7 @@ import pytest
 RECIPES = list(faults.RECIPES)
 CHEAP = ["train_ultrafast_srcnn", "train_autoencoder3d", "train_convnext", "train_nextdit_ultrafast"]
 OTHERS = [f for f in faults.FAULTS if f is not faults.killed]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks, signals and modes of files are POSIX")
 # (protection of drive.WITHOUT, fault that must notice that it is gone, what to fix of its dice)
 WITHOUT = [
     ("aside", "killed", {"where": ("write", 1)}), ("seed", "killed", {"where": ("forward", 3)}),
@@ -34,7 +35,11 @@ def test_faults_lose_nothing(fault, tmp_path):
         pytest.skip(out["skipped"])
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="bounds the time of an input by SIGALRM")
+@pytest.mark.parametrize("fault, how", [("mirror_fails", "goes"), ("mirror_fails", "hangs"), ("mirrored", "through")])
+def test_more_kinds_of_a_second_folder(fault, how, tmp_path):
+    faults.try_fault(getattr(faults, fault), "train_autoencoder3d", tmp_path, how, how=how)
+
+
 @pytest.mark.parametrize("family", fuzzing.FAMILIES)
 def test_bad_input_is_refused_in_a_sentence(family, tmp_path):
     """No traceback, no hang, no code run, nothing touched outside the folder, no absurd memory; thousands in the soak."""

@@ -6,8 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import RECIPES, ROOT, checkpoint, command, run
-from faults import finish
+from conftest import RECIPES, ROOT, checkpoint, run
+from faults import finish, free_port, pair
 
 import common
 
@@ -99,15 +99,12 @@ def test_untrained_weights_never_look_like_a_result(recipe, tmp_path):
 @others
 def test_two_processes_give_the_weights_of_one(recipe, tmp_path):
     """With SGD, which adds up nothing but the gradients; what is random in an update is drawn once for both."""
-    more = [*EXACT.get(recipe, []), "--learning_rate", "0.01"]
-    one = [*flags(recipe, tmp_path / "one", *more), "--batch_size", "4"]
-    two = command(*flags(recipe, tmp_path / "two", *more), recipe=recipe, drive={"optimizer": "SGD"})
-    with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(run, command(*one, recipe=recipe, drive={"optimizer": "SGD"}))
-        words = [two[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *two[1:]]
-        done = pool.submit(run, words).result()
-    assert done.returncode == whole.result().returncode == 0, done.stderr[-3000:] + whole.result().stderr
-    assert "4 samples per update = 2 x 1 x 2 processes" in done.stdout and done.stdout.count("Before:") == 1
+    more, faults = [*EXACT.get(recipe, []), "--learning_rate", "0.01"], {"optimizer": "SGD"}
+    finish(recipe, tmp_path / "one", *more, "--batch_size", "4", faults=faults)
+    both = pair(recipe, tmp_path / "two", *more, faults={0: faults, 1: faults}, port=free_port())
+    assert [p.wait() for p in both] == [0, 0], both[0].text[-3000:] + both[1].text[-3000:]
+    told = both[0].text + both[1].text
+    assert "4 samples per update = 2 x 1 x 2 processes" in told and told.count("Before:") == 1
     one, two = (checkpoint(tmp_path / name)["parts"]["model"] for name in ("one", "two"))
     assert list(one) == list(two)
     for name in one:
