@@ -225,8 +225,9 @@ def main(run, config, doc=""):
         why = (str(e).splitlines() or [""])[0]
         if is_out_of_memory(e):
             message, code = f"Out of memory: {why} Try a smaller --target_size or --batch_size.", 1
-        elif "home directory" in why:  # ~somebody/folder
-            message, code = f"{why} Write the path out, without ~.", 2
+        elif "home directory" in why:
+            told = " ".join(f"--{name} {value}" for name, value in vars(cfg).items() if str(value).startswith("~"))
+            message, code = f"{told}: there is no such home folder; write the path out, without ~.", 2
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(GONE, why):
             message, code = (
                 f"Another process of this run is gone ({why[:150]}). The same command continues from the last save.",
@@ -1183,16 +1184,18 @@ def draw_curves(log, path):
 
     rows = {}
     for line in Path(log).read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError, OverflowError):  # a full disk tears lines
-            row = {k: v for k, v in json.loads(line).items() if k == "metric" or isinstance(v, (int, float))}
-            rows[int(row["step"]), isinstance(row.get("metric"), str)] = row  # what a killed session did was done again
+        with contextlib.suppress(Exception):  # whatever is in it: a full disk tears lines
+            row = json.loads(line)
+            row = {k: v for k, v in row.items() if k == "metric" or (isinstance(v, (int, float)) and abs(v) < 1e300)}
+            rows[int(row["step"]), str(row.get("metric", "")) in row] = row  # what a killed session did was done again
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axis, judged in zip(figure.subplots(1, 2), (False, True)):
         part = [row for (_, is_judged), row in sorted(rows.items()) if is_judged == judged]
-        for key in (k for k in (part[-1] if part else ()) if k.startswith(part[-1].get("metric", "loss"))):
+        name = str(part[-1].get("metric", "loss")) if part else ""
+        for key in (k for k in (part[-1] if part else ()) if k.startswith(name) and k != "metric"):
             axis.plot([row["step"] for row in part], [row.get(key, math.nan) for row in part], label=key)
-        axis.set(xlabel="update", ylabel=part[-1].get("metric", "training loss") if part else "")
-        axis.legend() if part else None
+        axis.set(xlabel="update", ylabel=name if judged else "training loss")
+        axis.legend() if axis.lines else None
     figure.savefig(path, dpi=110, format="png")
 
 

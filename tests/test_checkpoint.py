@@ -642,3 +642,16 @@ def test_the_last_save_is_rescued_where_there_is_space(srcnn, config, tmp_path, 
     assert srcnn.train(config(continue_from=str(kept)))["steps"] == 9
     srcnn.train(config(out_dir=str(tmp_path / "whole")))
     same(checkpoint(tmp_path / "run")["parts"], checkpoint(tmp_path / "whole")["parts"])
+
+
+def test_a_log_with_other_values_is_drawn_all_the_same(tmp_path):
+    rows = [
+        '{"step": 1, "loss": 2.0}',
+        '{"step": 2, "metric": null}',
+        '{"step": 3, "metric": 5, "loss": []}',
+        '{"step": Infinity}',
+        "[]",
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 4, "metric": "psnr", "psnr": "high"}']))
+    common.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -67,7 +67,7 @@ def test_sizes():
 # damaged files of a run may hold: 160 and 60). NextDiT's three scripts hold the same 430 lines of model,
 # data and figures; latent diffusion holds a VAE, a UNet, a sampler and a classifier that judges; the classifier's script reads
 # .npz, trains two networks with three losses, and has metrics, pictures and the comparison
-LIMITS = {"common": 1518, "train_realesrgan_optimized": 861, "train_latent_cfg": 826}
+LIMITS = {"common": 1521, "train_realesrgan_optimized": 861, "train_latent_cfg": 826}
 LIMITS |= {"train_nextdit_fast": 706, "train_nextdit_ultrafast": 671, "finetune_pretrained": 878, "train_convnext": 923}
 # reading and checking scans 100, files and windows of --encode, --decode 110, the linear autoencoder 130, SOAP 50; the planner:
 # counting 160, tables 190
@@ -277,3 +277,22 @@ def test_the_figures_of_the_3d_recipe_and_the_planner_are_the_measured_ones():
 
 LATENT = ("grocery", "choices", "speed")
 NEXTDIT = ("fundus", "tricks", "speed")
+
+
+def test_the_figures_of_reliability_are_the_soaks():
+    """Kills, faults by kind, inputs and what was lost, as benchmarks/results/soak.json has them; nothing ended otherwise."""
+    soak = json.loads((ROOT / "benchmarks" / "results" / "soak.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("**Nothing is lost, measured.**")[1].split("\n## ")[0]
+    tried = {name: row["tried"] for name, row in soak["faults"].items()}
+    assert soak["failed"] == [] and soak["left out"] == 0 and soak["recipes"] == 8 and soak["kills"] >= 200
+    assert all(row["failed"] == 0 for row in soak["faults"].values()) and set(soak["updates lost by a kill"]) <= {"0", "1"}
+    table = [
+        int(row.rsplit("|", 2)[1])
+        for row in text.splitlines()
+        if row.startswith("| ") and row.rsplit("|", 2)[1].strip().isdigit()
+    ]
+    assert sum(table) == sum(tried.values()) - tried["killed"] + sum(soak["updates lost by a kill"].values())
+    lost, kills = soak["updates lost by a kill"]["1"], sum(soak["updates lost by a kill"].values())
+    assert f"{soak['kills']} kills" in text and f"{lost} of {kills} kills lost one update" in text
+    inputs = sum(family["inputs"] for family in soak["inputs"].values())
+    assert inputs >= 1000 and f"{inputs:,} inputs" in text

@@ -134,3 +134,8 @@ def test_batch_split_is_free_but_its_product_fixed(config, srcnn):
 def test_messages_survive_a_narrow_terminal(tmp_path):
     done = run(command("--data_dir", tmp_path / "照片 é"), cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 2 and "there is no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_home_that_nobody_has_is_a_sentence(tmp_path):
+    done = run(command("--out_dir", "~no-such-user/x"), cwd=tmp_path)
+    assert done.returncode == 2 and "--out_dir ~no-such-user/x: there is no such home folder" in done.stderr, done.stderr
