@@ -656,7 +656,8 @@ def read_weights(place):
             state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
         for key, value in state.items() if isinstance(state, dict) else ():
             if isinstance(value, torch.Tensor) and isinstance(key, str):
-                if value.layout is not torch.strided or value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                plain = value.layout is torch.strided and not value.is_meta
+                if not plain or value.untyped_storage().nbytes() < value.numel() * value.element_size():
                     raise RecipeError(f"{key} in {path} is no plain tensor; save the weights anew, e.g. as .safetensors.", 2)
                 while key.startswith(WRAPPERS):
                     key = key.split(".", 1)[1]
@@ -674,8 +675,7 @@ def read_geometry(state, cfg):
         return tuple(state[name].shape) if name in state else ()
 
     layers = {int(k.split(".")[1]) for k in state if k.startswith("layers.") and k.split(".")[1].isdecimal()}
-    needed = ["x_embedder.weight", "final_layer.linear.weight"]
-    needed += ["layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"]
+    needed = [f"{n}.weight" for n in ("x_embedder", "final_layer.linear", "layers.0.attention.wk", "layers.0.feed_forward.w1")]
     if any(name not in state for name in needed):
         raise RecipeError(f"--weights {cfg.weights} is no NextDiT of this kind: {next(n for n in needed if n not in state)} is "
             f"missing; it has {', '.join(list(state)[:3])} ... ({len(state)} tensors).", 2)  # fmt: skip

@@ -183,7 +183,9 @@ def load_item(path):
         return np.load(path, allow_pickle=False), None
     import nibabel
 
-    image = nibabel.load(path)
+    image, most = nibabel.load(path), Path(path).stat().st_size * (1100 if str(path).lower().endswith(".gz") else 1)
+    if math.prod(image.shape) * image.get_data_dtype().itemsize > most:  # before memory is taken for it; gzip packs 1032 times
+        raise ValueError(f"its header claims {image.shape} voxels, more than the file can hold")
     return np.asanyarray(image.dataobj, np.float32), image.affine
 
 

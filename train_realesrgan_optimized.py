@@ -826,7 +826,7 @@ def read_weights(path):
         ) from None
     for name in ("params_ema", "params", "state_dict", "model", ""):  # after the last it is a dict
         state = state.get(name, state) if isinstance(state, dict) else {}
-    named = ((k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor))
+    named = ((k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and not v.is_meta)
     return {k.removeprefix("module."): v for k, v in named if v.layout is torch.strided and v.is_floating_point()}
 
 
