@@ -526,7 +526,7 @@ def load_tensors(path, device="cpu"):
         check_zip(path)
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as e:
-        if isinstance(e, OSError) or is_out_of_memory(e):
+        if isinstance(e, OSError) and e.errno != errno.EINVAL or is_out_of_memory(e):  # that is a place before the file's start
             raise
         raise ValueError(str(e).strip().split("\n")[0][:200] or type(e).__name__) from e
 

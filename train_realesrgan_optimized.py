@@ -824,8 +824,9 @@ def read_weights(path):
         raise RecipeError(
             f"Cannot read the weights {path}: {str(e).splitlines()[0] if str(e) else type(e).__name__}", 2
         ) from None
-    for name in ("params_ema", "params", "state_dict", "model", ""):  # after the last it is a dict
+    for name in ("params_ema", "params", "state_dict", "model"):
         state = state.get(name, state) if isinstance(state, dict) else {}
+    state = state if isinstance(state, dict) else {}
     named = ((k, v) for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and not v.is_meta)
     return {k.removeprefix("module."): v for k, v in named if v.layout is torch.strided and v.is_floating_point()}
 

@@ -118,7 +118,7 @@ def test_the_run_folder_is_complete(srcnn, config, tmp_path):
 
 
 # --- kills and damage -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "shifted"])
 def test_a_damaged_newest_file_falls_back_to_the_one_before(srcnn, config, tmp_path, monkeypatch, capsys, damage):
     srcnn.train(config(out_dir=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
@@ -129,7 +129,14 @@ def test_a_damaged_newest_file_falls_back_to_the_one_before(srcnn, config, tmp_p
     data = bytearray(last.read_bytes())
     assert checkpoint(tmp_path / "run", "previous.pt")["step"] < 5
     data[len(data) // 2] ^= 16
-    last.write_bytes({"truncated": data[: len(data) // 2], "flipped": data, "empty": b"", "text": b"not a checkpoint"}[damage])
+    kinds = {
+        "truncated": data[: len(data) // 2],
+        "flipped": data,
+        "empty": b"",
+        "text": b"not a checkpoint",
+        "shifted": data[1:],
+    }
+    last.write_bytes(kinds[damage])
     srcnn.train(config())
     assert "last.pt is damaged" in capsys.readouterr().out and (tmp_path / "run" / "last.pt.damaged").exists()
     compare_runs(tmp_path / "run", tmp_path / "whole")
