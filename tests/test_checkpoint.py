@@ -662,3 +662,18 @@ def test_a_log_with_other_values_is_drawn_all_the_same(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join([*rows, '{"step": 4, "metric": "psnr", "psnr": "high"}']))
     common.draw_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("state", [{}, [], {"step": 3}, "parts"])
+def test_a_checkpoint_that_holds_no_run_never_starts_over(srcnn, config, tmp_path, state):
+    """Empty, of another kind, or without one of its parts: fresh weights must not take the place of trained ones."""
+    srcnn.train(config(num_steps=2))
+    last, previous = tmp_path / "run" / "last.pt", tmp_path / "run" / "previous.pt"
+    if state == "parts":
+        state = checkpoint(tmp_path / "run")
+        del state["parts"]["ema"]
+    torch.save(state, last)
+    torch.save(state, previous)
+    with pytest.raises(RecipeError, match="No checkpoint .* can be read|does not fit this script"):
+        srcnn.train(config(num_steps=4))
+    assert last.exists() and previous.exists()

@@ -247,3 +247,13 @@ def test_picture_places_every_cell():
     assert (sheet[30:110, 6:94, 0] == RAMP.repeat(2, 0).repeat(2, 1)).all()
     assert (sheet[116:196, 100:188, 1] == RAMP.repeat(2, 0).repeat(2, 1)).all()
     assert (sheet[:30] < 128).any()  # the titles
+
+
+def test_a_file_that_pillow_would_run_a_program_for_is_refused(tmp_path, monkeypatch):
+    """EPS under a picture's name: Pillow starts Ghostscript for it, if one lets it."""
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a) or 1 / 0)
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(common.UNREADABLE):
+        common.read_image(tmp_path / "a.png")
+    assert not started
