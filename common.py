@@ -229,10 +229,7 @@ def main(run, config, doc=""):
             told = " ".join(f"--{name} {value}" for name, value in vars(cfg).items() if str(value).startswith("~"))
             message, code = f"{told}: there is no such home folder; write the path out, without ~.", 2
         elif int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search(GONE, why):
-            message, code = (
-                f"Another process of this run is gone ({why[:150]}). The same command continues from the last save.",
-                1,
-            )
+            message, code = f"Another process of this run is gone ({why[:150]}). The same command continues.", 1
         else:
             raise
     if os.environ.get("RANK", "0") != "0":
@@ -1299,6 +1296,8 @@ class Run:
             what = f"a run of {theirs}" if theirs else "files that are not a run of this recipe"
             raise RecipeError(f"{folder} holds {what}; nothing was touched. Choose another --out_dir.", 2)
         mirror = Path(self.cfg.mirror_dir).expanduser() if self.cfg.mirror_dir else None
+        if self.cfg.fresh and theirs:
+            self._lock().release()  # nobody is in it
         if mirror:
             a, b = folder.resolve(), mirror.resolve()
             if a == b or a in b.parents or b in a.parents:
@@ -1318,18 +1317,17 @@ class Run:
             elif self.cfg.fresh and (why := Mirror(folder, mirror, mine).stranger()):
                 raise RecipeError(f"--mirror_dir {mirror} {why}; nothing was touched. Choose another --mirror_dir.", 2)
         if self.cfg.fresh and theirs:
-            self._lock().release()  # nobody is in it
             self._rename_older(folder)
         folder.mkdir(parents=True, exist_ok=True)
         undo.callback(self._lock().release)
         for part in folder.glob(".*.part") if theirs else ():  # what a kill left of a write
             shutil.rmtree(part) if part.is_dir() else part.unlink()
         self._name_run()  # known as ours from now on
-        source = Path(self.cfg.continue_from).expanduser()
-        if mirror and not self.cfg.fresh and read_settings(mirror).get("run", 0) == read_settings(source).get("run"):
-            if read_clock(mirror).get("used", 0) > read_clock(source).get("used", 0):
-                source = mirror  # an earlier session went on from --continue_from
         if self.cfg.continue_from and not any((folder / name).exists() for name in CHECKPOINTS[:2]):
+            source = Path(self.cfg.continue_from).expanduser()
+            if mirror and not self.cfg.fresh and read_settings(mirror).get("run", 0) == read_settings(source).get("run"):
+                if read_clock(mirror).get("used", 0) > read_clock(source).get("used", 0):
+                    source = mirror  # an earlier session went on from --continue_from
             theirs = read_settings(source).get("recipe")
             if theirs != self.recipe or not any((source / name).exists() for name in CHECKPOINTS):
                 what = f"a run of {theirs}" if theirs not in (None, self.recipe) else "no checkpoint"
@@ -1365,12 +1363,13 @@ class Run:
         at the start of a run; later that is only said."""
         folder, where = self.folder, f"--mirror_dir {target}"
         started, half = (any((folder / name).exists() for name in names) for names in (CHECKPOINTS[:2], CHECKPOINTS))
+        self.mirror = Mirror(folder, target, read_settings(folder)["run"])
         try:
             theirs, copied = read_settings(target), any((target / name).exists() for name in CHECKPOINTS)
             older = read_clock(target).get("used", 0) < read_clock(folder).get("used", 0) - HEARTBEAT
             if not (started or self.cfg.fresh or (half and older)) and theirs.get("recipe") == self.recipe:
                 self._fill(target) if copied else self._name_run(theirs.get("run"))
-            self.mirror = Mirror(folder, target, read_settings(folder)["run"])
+            self.mirror.owner = read_settings(folder)["run"]
             target.mkdir(exist_ok=True)
             why = self.mirror.stranger()
         except OSError as e:
@@ -1606,7 +1605,7 @@ class Run:
             self.folder.mkdir()
             write_json(self.folder / "settings.json", self.settings)
             self.undo.callback(self._lock().release)
-            self.board, self.best = None, {}  # their files are gone; the next evaluation is the best there is
+            self.board, self.best = None, {} if self.world == 1 else self.best  # gone too: the next evaluation is the best
             write_json(self.folder / "clock.json", {"used": self.clock.used(), "born": self.clock.born, "process": os.getpid()})
             say(f"{self.folder} was gone and is made anew; what was in it before is lost.")
 
@@ -1688,9 +1687,7 @@ class Run:
                 "Free some space or choose an --out_dir on another disk."
             )
         resident, cached = (getattr(self.data, name, False) for name in ("resident", "cached"))  # on the device; in RAM
-        cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )  # a container has fewer
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         own = self.cfg.num_workers if self.cfg.num_workers >= 0 else 0 if cached else min(4, cores)
         self.workers = 0 if resident else own
         self.logged_at = self.saved_at = self.began = time.monotonic()

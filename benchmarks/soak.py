@@ -44,12 +44,13 @@ def soak(recipe, scenarios, kills, folder, deadline, report, lock):
                 continue
             row["tried"] += 1
             row["failed"] += bool(wrong)
+            row["kills"] += out.get("kills", 0)
             report["kills"] += out.get("kills", 0)
             for place in out.get("places", ()):
                 report["places"][place.rstrip("+")] += 1
             if fault is faults.killed:
                 for lost in out.get("lost", ()):
-                    report["updates lost by a kill"][lost] += 1
+                    report["restarts by updates lost"][lost] += 1
             if "seconds" in out:
                 key = f"longest {fault.__name__}, seconds"
                 report[key] = round(max(report.get(key, 0), out["seconds"]), 2)
@@ -69,7 +70,7 @@ def main():
     start, lock = time.monotonic(), threading.Lock()
     deadline = start + 60 * words.minutes
     counter = collections.Counter
-    report = {"kills": 0, "updates lost by a kill": counter(), "places": counter(), "faults": {}, "failed": [], "left out": 0}
+    report = {"kills": 0, "restarts by updates lost": counter(), "places": counter(), "faults": {}, "failed": [], "left out": 0}
     each = -(-words.kills // len(faults.RECIPES))  # of a recipe; a run takes four or fewer, since it may end before the next
     scenarios = [(faults.killed, words.seed + k, {"kills": 4, "timed": k % 3 == 2, "export": k % 3 == 1})
         for k in range(each)]  # fmt: skip

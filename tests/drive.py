@@ -5,9 +5,8 @@ when a place is passed so often: kill, signal NAME ..., remove PATH, rename PATH
 (its disk, to the last byte), full BYTES (no file may grow beyond them), space, oom, sleep S; nan_at, nan_from: updates whose
 loss is nan; uncached: true leaves no RAM for decoded files; mortal: true takes root's right to read and write everything;
 forgetful: folder in which every file vanishes as soon as it is there; without: one of WITHOUT, a protection to take out;
-stop_at: ask process `rank` for a stop when so many updates are done; slow_write: seconds that each fsync takes; slow_update:
-seconds that each update takes; full_after: bytes after which no file can grow (a real limit of the kernel); worker_bug: true
-makes loading fail in worker processes; export: true keeps the export; optimizer: SGD replaces SOAP and Adam.
+stop_at: ask process `rank` for a stop when so many updates are done; slow_update: seconds that each update takes;
+worker_bug: true makes loading fail in worker processes; export: true keeps the export; optimizer: SGD replaces SOAP and Adam.
 """
 
 import contextlib
@@ -229,11 +228,6 @@ def put_in(recipe, faults):
             run.asked = "SIGTERM"
 
     common.Run.advance = advancing
-    if "slow_write" in faults:
-        fsync = os.fsync
-        os.fsync = lambda f: (time.sleep(faults["slow_write"]), fsync(f))
-    if "full_after" in faults:
-        full(faults["full_after"])
     if faults.get("mortal"):
         mortal()
     if "forgetful" in faults:
