@@ -464,7 +464,8 @@ def scans():
         "rgb": nibabel.Nifti1Image(np.zeros((9, 9, 9), [("R", "u1"), ("G", "u1"), ("B", "u1")]), turned)}  # fmt: skip
     images["short"].header.set_slope_inter(0.5, -3)
     for name, array in (("f", plain), ("i", (plain * 99).astype(np.int16)), ("bool", plain > 0.5), ("c", plain + 1j), ("flat",
-        plain[0]), ("one", np.ones_like(plain)), ("inf", plain / (plain > 0.1)), ("no", plain[:0]), ("big", plain * np.float64(1e300)),
+        plain[0]), ("one", np.ones_like(plain)), ("inf", plain / (plain > 0.1)), ("no", plain[:0]),
+        ("big", plain * np.float64(1e300)),
         ("many", np.stack([plain] * 2, 3)), ("word", np.full((8, 8, 8), "1"))):  # fmt: skip
         np.save(file := io.BytesIO(), array)
         made[f"{name}.npy"] = file.getvalue()
