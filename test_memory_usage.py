@@ -290,13 +290,15 @@ def with_scratch(peak, parts, work, calls, kind):
 
 def flops(func, args, kwargs, out):
     """Floating point operations of an operation that multiplies matrices or convolves; 0 for others."""
-    from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+    from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
     name = func._overloadpacket
     if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return sdpa_flop_count(*(a.shape for a in args[:3]))
     if name is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return sdpa_backward_flop_count(*(a.shape for a in args[:4]))
+    if name is torch.ops.aten.convolution_backward:  # the registry takes no heed of groups, such as depthwise ones
+        return conv_flop_count(args[1].shape, args[2].shape, args[0].shape, args[7]) * sum(args[10][:2])
     with contextlib.suppress(Exception):  # the registry knows shapes of some calls only
         return flop_registry[name](*args, **(kwargs or {}), out_val=out) if name in flop_registry else 0
     return 0
@@ -513,9 +515,7 @@ def measure(plan, words):
     for text in reversed(done.stdout.splitlines()):
         with contextlib.suppress(ValueError):
             return json.loads(text)
-    return {
-        "oom": f"the process ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
-    }
+    return {"oom": f"the process ended with {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1][:200]}"}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

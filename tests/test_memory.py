@@ -248,3 +248,14 @@ def test_the_guides_command(tmp_path):
 def test_wrong_words_are_sentences(words, text):
     done = run([sys.executable, str(ROOT / "test_memory_usage.py"), *words.split()])
     assert done.returncode == 2 and text in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("groups, transposed", [(1, False), (8, False), (2, True)])
+def test_the_work_of_a_convolution_is_counted_with_its_groups(groups, transposed):
+    """2 x images x positions x channels x channels of a group x taps: once forward, once for each gradient."""
+    make = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    conv, x = make(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 10, 10, requires_grad=True)
+    with planner.Live() as live:
+        conv(x).sum().backward()
+    once = 2 * 2 * 100 * 8 * 8 // groups * 9
+    assert [f for f, _, _ in live.work if f] == [once, 2 * once]
