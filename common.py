@@ -1942,7 +1942,7 @@ class Run:
         if self.world > 1:
             torch.distributed.broadcast(value, 0)
         self.judged, value = self.step, float(value)
-        self.record({"step": self.step, "metric": name, **metrics})
+        self.record({"step": self.step, "metric": name, "seconds": round(self.clock.used(), 2), **metrics})
         if name not in self.best or (value - self.best[name]) * (1 if higher else -1) > 0:
             self.best, self.stale = {name: value, "step": self.step}, 0
             state, self.late = {"model": weights, "settings": dataclasses.asdict(self.cfg)} | self.best, None
