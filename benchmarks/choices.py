@@ -19,15 +19,17 @@ from run import about  # noqa: E402
 import test_memory_usage as planner  # noqa: E402
 
 CARDS = ("P100", "T4", "3090", "A100")
-CHOICES = {  # recipe: (hours, flags of the README's command, what the planner must be told besides)
+CHOICES = {  # recipe: (hours, flags of the README's command, those that the planner takes in their place where they differ)
     "train_realesrgan_optimized": (1, "--data_dir DATA --batch_size 16 --target_size 128", ""),
-    "train_nextdit_ultrafast": (6, "--data_dir DATA --preset 0.1B --batch_size 64", ""),
-    "train_nextdit_fast": (20, "--data_dir DATA --preset 0.6B --batch_size 16 --accumulate 4", ""),
-    "finetune_pretrained": (3, "--data_dir DATA --weights lumina --vae sdxl-vae --batch_size 16", "--weights PUBLISHED"),
-    "train_latent_cfg": (2, "--data_dir DATA --target_size 256", "--stage diffusion --encoder pca"),
+    "train_nextdit_ultrafast": (6, "--data_dir DATA --preset 0.1B --batch_size 32 --accumulate 2", ""),
+    "train_nextdit_fast": (20, "--data_dir DATA --preset 0.6B --batch_size 8 --accumulate 8", ""),
+    "finetune_pretrained": (3, "--data_dir DATA --weights lumina --vae sdxl-vae --batch_size 8 --accumulate 2",
+        "--data_dir DATA --weights PUBLISHED --batch_size 8 --accumulate 2"),
+    "train_latent_cfg": (2, "--data_dir DATA --target_size 256",
+        "--data_dir DATA --target_size 256 --stage diffusion --encoder pca"),
     "train_convnext": (1, "--data_dir DATA --target_size 32 --batch_size 512", ""),
     "train_autoencoder3d": (6, "--data_dir DATA --preset 8gb --target_size 256,256,64 --accumulate 4", ""),
-}
+}  # fmt: skip
 
 
 def predicted(recipe, flags, card, hours):
@@ -44,9 +46,9 @@ def predicted(recipe, flags, card, hours):
 
 def main():
     rows = {}
-    for recipe, (hours, flags, more) in CHOICES.items():
-        planned = f"{flags} {more}" if "--vae" not in flags else f"{flags.split(' --weights')[0]} {more} --batch_size 16"
-        rows[recipe] = {"hours": hours, "flags": flags, "cards": {c: predicted(recipe, planned, c, hours) for c in CARDS}}
+    for recipe, (hours, flags, planned) in CHOICES.items():
+        cards = {card: predicted(recipe, planned or flags, card, hours) for card in CARDS}
+        rows[recipe] = {"hours": hours, "flags": flags, "cards": cards}
         print(recipe, hours, flags, json.dumps(rows[recipe]["cards"]), flush=True)
     times = {r: row["expected_seconds"] / (row["own_ms"] / 1e3) for r, row in result("cpu2")["recipes"].items()}
     error = {"time": {r: round(x, 2) for r, x in times.items()}}

@@ -310,6 +310,7 @@ def main():
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="without compiled forms, which take most of the time")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--updates", type=int, default=40, help="of the run that tells how long data are waited for")
     parser.add_argument("--out", default="", help="default: benchmarks/results/<device>.json; rows of recipes are replaced")
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -331,7 +332,7 @@ def main():
         print("\n".join(done.stdout.splitlines()[:-1]), flush=True)
         if done.returncode:
             raise SystemExit(f"{recipe} could not be measured; its last words are above.")
-        found["recipes"][recipe] = json.loads(done.stdout.splitlines()[-1]) | data_wait(recipe, kind, 40)
+        found["recipes"][recipe] = json.loads(done.stdout.splitlines()[-1]) | data_wait(recipe, kind, args.updates)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(markdown(found))

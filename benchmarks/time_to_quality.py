@@ -2,10 +2,11 @@
 
     python benchmarks/time_to_quality.py --data FOLDER [--minutes 3] [--recipe train_convnext]
 
-FOLDER holds what the recipes are tried on: T91 and Set5, fundus, grocery64, cifar10_10k_2k.npz, volumes (those of one patient
+FOLDER holds what the recipes are tried on: T91 and Set5, fundus, cifar10_10k_2k.npz, volumes (those of one patient
 are held out). Of each recipe two runs work side by side with a thread each, for the same time: slow settings, as far as they
 are flags, and ours. Quality is each evaluation of log.jsonl, at the time used until then. Writes
-benchmarks/results/time_to_quality_<device>.json and benchmarks/pictures/time_to_quality.png.
+benchmarks/results/time_to_quality_<device>.json and benchmarks/pictures/time_to_quality.png. Latent diffusion is not among
+them: its start alone takes a minute on a core (benchmarks/latent_cfg_speed.py and latent_cfg_samples.py measure it).
 """
 
 import argparse
@@ -32,10 +33,6 @@ PAIRS = {  # recipe: (data and sizes of both, slow settings, metric, higher is b
     "train_nextdit_ultrafast": (
         "--data_dir {data}/fundus --target_size 64 --preset tiny", "--predict v --t_shape uniform --no-use_amp",
         "heldout_loss", False, "NextDiT, fundus 64 px, held-out loss", "v-prediction, uniform times, fp32"),
-    "train_latent_cfg": (
-        "--data_dir {data}/grocery64/train --val_dir {data}/grocery64/heldout --encoder pca",
-        "--objective v --batch_size 8 --accumulate 2 --no-use_amp",
-        "heldout_loss", False, "latent diffusion, groceries 64 px, held-out loss", "8 x 2, v, fp32"),
     "train_convnext": (
         "--data_dir {data}/cifar10_10k_2k.npz", "--optimizer adamw --no-use_amp",
         "accuracy", True, "ConvNeXt, 10,000 CIFAR images, accuracy", "AdamW, fp32"),

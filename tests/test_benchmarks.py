@@ -18,11 +18,11 @@ def benchmarks(monkeypatch):
 
 def test_every_form_of_a_recipe_is_measured(tmp_path):
     out = tmp_path / "here.json"
-    words = [sys.executable, f"{BENCHMARKS}/run.py", "--recipe", "train_nextdit_ultrafast", "--quick", "--repeats", "1"]
-    done = run([*words, "--out", out, "--device", "cpu"], cwd=tmp_path)
+    words = [sys.executable, f"{BENCHMARKS}/run.py", "--recipe", "finetune_pretrained", "--quick", "--repeats", "1"]
+    done = run([*words, "--updates", "3", "--out", out, "--device", "cpu"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text(encoding="utf-8"))
-    row = found["recipes"]["train_nextdit_ultrafast"]
+    row = found["recipes"]["finetune_pretrained"]
     assert set(row["forms"]) >= {f"{p} own layout eager {m}" for p in ("fp32", "AMP") for m in ("plain", "checkpointed")}
     for form in row["forms"].values():
         assert form["ms"] > 0 and form["peak_mib"] > 10 and 0 < form["utilisation"] < 1.1
