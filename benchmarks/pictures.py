@@ -16,6 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +46,11 @@ def trained(recipe, folder):
 def at_marks(run, name):
     """[(share of the updates' time, picture)] of the pictures nearest to MARKS; a run's log tells how far an update was."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    progress = sorted((r["step"], r["progress"]) for r in rows if "progress" in r)
-    begin, files = progress[0][1], {int(re.search(r"(\d+)\.png", p.name)[1]): p for p in run.glob(f"{name}-*.png")}
-    shares = {max(files): 1.0}
-    for step in sorted(files)[:-1]:
-        at = min(progress, key=lambda row: abs(row[0] - step))
-        shares[step] = max(0.0, (at[1] - begin) / (1 - begin)) if step else 0.0
+    steps, progress = zip(*sorted((r["step"], r["progress"]) for r in rows if "progress" in r))
+    begin = max(0.0, progress[0] - steps[0] * (progress[-1] - progress[0]) / max(1, steps[-1] - steps[0]))  # after starting up
+    files = {int(re.search(r"(\d+)\.png", p.name)[1]): p for p in run.glob(f"{name}-*.png")}
+    at = {step: float(np.interp(step, (0, *steps), (begin, *progress))) for step in files}
+    shares = {step: 1.0 if step == max(files) else (at[step] - begin) / (1 - begin) for step in files}
     chosen = []
     for mark in MARKS:
         chosen.append(min((s for s in shares if s not in chosen), key=lambda s: abs(shares[s] - mark)))
