@@ -29,6 +29,12 @@ RUNS = {  # recipe: flags, name of its pictures, part of each (left, top, right,
     "train_convnext": ("--embed_every 1", "scatter", (0, 0, 1, 1), "held-out embeddings"),
     "train_autoencoder3d": ("--time_budget 3m", "sample", (0, 0, 1, 0.36), "scan, patch PCA, network, error"),
 }
+FIRST = {  # recipe: which picture of its strip, which part of it, what it is
+    "train_nextdit_ultrafast": (3, (0, 0, 0.5, 0.68), "Images from masks: mask, sample, real"),
+    "train_realesrgan_optimized": (3, (0, 0, 1, 0.51), "Super-resolution: bicubic, model, original"),
+    "train_autoencoder3d": (3, (0, 0, 0.748, 0.51), "3-D scans: scan, patch PCA, network"),
+    "train_convnext": (2, (0, 0.05, 1, 1), "Classes told apart, after a fifth of the run"),
+}
 MARKS = (0.01, 0.05, 0.2, 1.0)
 WIDE = 380  # pixels of one part of a strip
 
@@ -57,10 +63,15 @@ def at_marks(run, name):
     return [(shares[step], Image.open(files[step]).convert("RGB")) for step in chosen]
 
 
-def part(picture, box):
-    """A share of a picture, WIDE pixels across."""
+def cropped(picture, box):
+    """A share of a picture: left, top, right, bottom in parts of it."""
     w, h = picture.size
-    picture = picture.crop((int(box[0] * w), int(box[1] * h), int(box[2] * w), int(box[3] * h)))
+    return picture.crop((int(box[0] * w), int(box[1] * h), int(box[2] * w), int(box[3] * h)))
+
+
+def part(picture, box):
+    """The same, WIDE pixels across."""
+    picture = cropped(picture, box)
     return picture.resize((WIDE, round(picture.height * WIDE / picture.width)), Image.Resampling.LANCZOS)
 
 
@@ -95,17 +106,23 @@ def main():
         for recipe, run in zip(args.recipes or RUNS, pool.map(lambda r: trained(r, folder), args.recipes or RUNS)):
             _, name, box, shows = RUNS[recipe]
             found = at_marks(run, name)
-            last[recipe] = part(found[-1][1], box)
-            texts = [f"{share:.0%}" + (f" of the run: {shows}" if not k else "") for k, (share, _) in enumerate(found)]
+            last[recipe] = None
+            if recipe in FIRST:
+                k, piece, _ = FIRST[recipe]
+                last[recipe] = cropped(found[k][1], piece)
+            texts = [f"{share:.0%}" if share > 0.005 else "under 1%" for share, _ in found]
+            texts[0] += f" of the run: {shows}"
             save(labelled([part(p, box) for _, p in found], texts), OUT / f"{recipe}.png")
         if len(last) == len(RUNS):
-            names = ("train_nextdit_ultrafast", "train_realesrgan_optimized", "train_autoencoder3d", "train_convnext")
-            texts = ("images from masks", "super-resolution", "3-D scans", "classes told apart")
-            high = min(last[n].height for n in names)
-            shown = [
-                last[n].resize((round(last[n].width * high / last[n].height), high), Image.Resampling.LANCZOS) for n in names
-            ]
-            save(labelled(shown, texts), OUT / "first.png")
+            rows = []
+            for names in (("train_nextdit_ultrafast", "train_realesrgan_optimized"), ("train_autoencoder3d", "train_convnext")):
+                panels = [last[name] for name in names]
+                panels = [p.resize((round(p.width * 300 / p.height), 300), Image.Resampling.LANCZOS) for p in panels]
+                rows.append(labelled(panels, [FIRST[name][2] for name in names]))
+            sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height + 8 for r in rows) - 8), "white")
+            for k, row in enumerate(rows):
+                sheet.paste(row, (0, k * (row.height + 8)))
+            save(sheet, OUT / "first.png")
 
 
 if __name__ == "__main__":
