@@ -86,7 +86,7 @@ def quality(lang):
 
 def samples(lang):
     """Whether samples help a classifier."""
-    zh = {"real": "真实图像", "samples": "样本", "real and samples": "真实图像加样本", "real, some twice": "真实图像，部分重复"}
+    zh = {"real": "真实图像", "samples": "样本", "real and samples": "真实图像加样本"}
     rows = []
     for name, row in guides.result("samples_help_cpu2")["sets"].items():
         rows.append(

@@ -2,10 +2,9 @@
 
     python benchmarks/samples_help.py RUN --data_dir REAL --val_dir HELD_OUT [--each 25] [--num_steps 300] [--seeds 3]
 
-RUN is a finished run of train_latent_cfg on REAL, a folder for each class. train_convnext trains on the real images, on
-samples, on both, and on the real images with as many of them repeated; each as many updates, two runs side by side with a
-thread each. All seeds have the same samples: the spread is the classifier's. Writes
-benchmarks/results/samples_help_<device>.json.
+RUN is a finished run of train_latent_cfg on REAL, a folder for each class. train_convnext trains on the real images, on samples
+and on both; each as many updates, so that the real images alone are seen more often; two runs side by side with a thread each.
+All seeds have the same samples: the spread is the classifier's. Writes benchmarks/results/samples_help_<device>.json.
 """
 
 import argparse
@@ -73,8 +72,7 @@ def main():
             raise SystemExit(f"{args.run} has learnt {learnt}; --data_dir must be that, and nothing of it may be in --val_dir.")
         plain = {re.sub(r'[\\/:*?"<>|]|^\.+$', "_", name): name for _, name, _ in real}  # as the samples' folders are called
         fake = [(path, plain[name], split) for path, name, split in listed(drawn / "samples", "train")]
-        again = real[:: max(1, len(real) // len(fake))][: len(fake)]
-        sets = {"real": real, "samples": fake, "real and samples": real + fake, "real, some twice": real + again}
+        sets = {"real": real, "samples": fake, "real and samples": real + fake}
         jobs = {}
         for name, seed in itertools.product(sets, range(args.seeds)):
             folder = Path(aside) / f"{name}-{seed}".replace(" ", "-")

@@ -12,7 +12,7 @@ from conftest import ROOT
 EN, ZH = ROOT / "README.md", ROOT / "README.zh-CN.md"
 PUBLISHED = {  # figures of others, of formats and versions, and counts of weights: nothing that was measured here
     "": {"3.10"},
-    "I have N hours": {"32.39"},
+    "I have N hours": {"32.39", "1,550"},
     "The guides' claims": {"2.13.0", "90 %"},
     "Super-resolution in minutes": {"2.13.0", "32.39", "8,129"},
     "Real-ESRGAN": {"30.48", "30.72", "30.90", "27.49", "27.61", "27.73", "32.73", "28.99", "30 %"},
@@ -94,7 +94,8 @@ def known_in(text, heading):
 def test_every_figure_is_in_a_file_of_results(heading):
     text = sections(EN)[heading]
     allowed = {"100 %"}.union(*(v for k, v in PUBLISHED.items() if heading.startswith(k) and bool(k) == bool(heading)))
-    assert set(figures(text)) - known_in(text, heading) - allowed == set()
+    written_by_hand = re.sub(r"<!-- table: .*?<!-- end -->", "", text, flags=re.S)  # the others are compared word for word
+    assert set(figures(written_by_hand)) - known_in(text, heading) - allowed == set()
 
 
 def test_nothing_is_left_to_fill_in():

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -99,7 +100,9 @@ def walk(line, place, folder):
     """Run a command as a newcomer would, in `folder`, where the names of `place` are."""
     folder.mkdir(exist_ok=True)
     for path in place.iterdir():
-        if not (folder / path.name).exists():
+        if path.name == "tools" and not (folder / "tools").exists():  # they write beside themselves
+            shutil.copytree(path, folder / "tools")
+        elif not (folder / path.name).exists():
             (folder / path.name).symlink_to(path)
     line = re.sub(r"(^|[;&] *)python ", rf"\1{shlex.quote(sys.executable)} ", line)
     limit = next((s for part, s in WHOLE.items() if part in line), 150)
@@ -124,13 +127,13 @@ def follow(lines, place, folder):
             demo.rename(where / "results" / demo.name.removesuffix("-demo"))
         where = where or folder / f"{k}"
         first.setdefault(recipe, where)
-        before = set(where.rglob("*"))
+        before = time.time()
         done = walk(line, place, where)
         made = next((pattern for flag, pattern in MADE.items() if flag in line), "results/**/metrics.json")
         if "test_memory_usage.py" in line:
             assert "fits" in done.stdout or "GiB" in done.stdout, line
         else:
-            assert [p for p in where.glob(made) if p not in before or p.name == "report.html"], line
+            assert [p for p in where.glob(made) if p.stat().st_mtime > before - 1], line
         ran.append(line)
     return ran
 
