@@ -157,8 +157,8 @@ def whole_run(recipe, flags, card="A100"):
 @claim(1, "nextdit-hours", "512 px, 1.1B, 30 epochs: ~20 h", "512 像素、1.1B、30 轮：约 20 小时", "predicted")
 def _():
     theirs, ours, steps = whole_run(FAST, "--preset 1.1B --target_size 512 --batch_size 64 --num_epochs 30")
-    text = f"{theirs:,.0f} h on an A100 with patch 2 on pixels, {ours:.1f} h with patch 16 ({steps} updates)"
-    zh = f"A100 上像素 patch 2 需 {theirs:,.0f} 小时，patch 16 需 {ours:.1f} 小时（{steps} 次更新）"
+    text = f"{theirs:,.0f} h on an A100 with patch 2 on pixels, {ours:.1f} h with patch 16"
+    zh = f"A100 上像素 patch 2 需 {theirs:,.0f} 小时，patch 16 需 {ours:.1f} 小时"
     return {"patch 2": theirs, "patch 16": ours, "updates": steps}, text, zh, rule(theirs, 18, 22), theirs / 20
 
 
@@ -171,8 +171,8 @@ def _():
 )
 def _():
     theirs, ours, steps = whole_run(ULTRA, "--preset 0.1B --target_size 256 --batch_size 128 --num_epochs 20")
-    text = f"{theirs:.1f} h on an A100, {60 * ours:.1f} minutes with patch 16 ({steps} updates)"
-    zh = f"A100 上需 {theirs:.1f} 小时，patch 16 需 {60 * ours:.1f} 分钟（{steps} 次更新）"
+    text = f"{theirs:.1f} h on an A100, {60 * ours:.1f} minutes with patch 16"
+    zh = f"A100 上需 {theirs:.1f} 小时，patch 16 需 {60 * ours:.1f} 分钟"
     return {"patch 2": theirs, "patch 16": ours, "updates": steps}, text, zh, rule(theirs, 6), theirs / 6
 
 
@@ -190,7 +190,7 @@ def _():
 
 @claim(1, "nextdit-timeline", "18-22 h; its timeline: done at 6:00", "18-22 小时；其时间线：6:00 完成", "counted")
 def _():
-    return {"hours": 6}, "its own timeline is 3 times as fast as its claim", "其时间线比其说法快 3 倍", "no", None
+    return {"hours": 6}, "its own timeline is 3 times as fast as its claim", "其时间线的速度是其说法的 3 倍", "no", None
 
 
 @claim(1, "nextdit-overhead", "loading, validation: time x 3.5", "数据加载、验证等：时间 x 3.5", "two cores")
@@ -447,7 +447,7 @@ def _():
 
 @claim(4, "volume-groups", "channels 12,24,48 where memory is short", "显存不足时通道用 12,24,48", "counted")
 def _():
-    return {"rest": 12 % 8}, "cannot be built with its 8 norm groups", "与其 8 个归一化分组无法构建", "no", None
+    return {"rest": 12 % 8}, "cannot be built with its 8 norm groups", "其归一化分 8 组，这样的通道数无法构建", "no", None
 
 
 # --- 5: super-resolution ----------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ def _():
     full, light = rrdb(64, 23, 32), rrdb(32, 8, 16)
     a, b = 1 - light / full, 1 - 8129 / 1e6 / full
     text, zh = f"{100 * a:.0f} % and {100 * b:.2f} % fewer", f"减少 {100 * a:.0f} % 与 {100 * b:.2f} %"
-    return {"32x8": a, "SRCNN": b}, text, zh, "more", a / 0.8
+    return {"32x8": a, "SRCNN": b}, text, zh, rule(a, 0.8), a / 0.8
 
 
 @claim(5, "sr-amp", "AMP: twice as fast", "混合精度：2 倍速度", "two cores")
@@ -500,7 +500,7 @@ def _():
     like = ms[0] / ms[-1]
     text = f"{like:.1f} times for the same network, crops and images. {x:.0f} by 20 times fewer weights and a quarter of the pixels, "
     text += f"{5 * x:.0f} with a fifth of the images: another task"
-    zh = f"同网络、同裁块、同图像 {like:.1f} 倍。网络缩小 20 倍、像素减为四分之一时 {x:.0f} 倍，再只用五分之一图像为 {5 * x:.0f} 倍：已是另一个任务"
+    zh = f"同网络、同裁块、同图像 {like:.1f} 倍。参数减为二十分之一、像素减为四分之一时 {x:.0f} 倍，再只用五分之一图像为 {5 * x:.0f} 倍：已是另一个任务"
     return {"like for like": like, "smaller": x, "an epoch": 5 * x}, text, zh, rule(5 * x, 400), 5 * x / 400
 
 

@@ -104,7 +104,7 @@ def walk(line, place, folder):
             shutil.copytree(path, folder / "tools")
         elif not (folder / path.name).exists():
             (folder / path.name).symlink_to(path)
-    line = re.sub(r"(^|[;&] *)python ", rf"\1{shlex.quote(sys.executable)} ", line)
+    line = re.sub(r"\bpython (?=[\w/]+\.py)", f"{shlex.quote(sys.executable)} ", line)
     limit = next((s for part, s in WHOLE.items() if part in line), 150)
     env = environment(**tiny(line)) | {"PYTHONPATH": ""}
     done = subprocess.run(["bash", "-c", line], cwd=folder, env=env, timeout=limit, capture_output=True, text=True,
@@ -165,10 +165,8 @@ def test_every_command_is_one_that_its_script_takes(line, place, monkeypatch):
     """Names of flags, their values and how they go together; of tools, that they are there."""
     for part in filter(None, re.split(r" *(?:;|&&) *", line)):
         words = shlex.split(part)
-        if words[0] == "export":
-            for name, value in (w.split("=") for w in words[1:]):
-                monkeypatch.setenv(name, value)
-            continue
+        while "=" in words[0]:
+            monkeypatch.setenv(*words.pop(0).split("=", 1))
         assert words[0] == "python" and (ROOT / words[1]).is_file(), part
         if words[1].startswith("tools/"):
             continue
