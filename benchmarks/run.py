@@ -249,7 +249,7 @@ def expected(recipe, kind, capability, rates):
 
 
 def data_wait(recipe, kind, updates):
-    """What a run with its own loader writes into its log about the last of so many updates: share of waiting, and the rate."""
+    """The share of its time that a run of so many updates on built-in data waits for its loader, by the end of its log."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*FLAGS[kind][recipe].split(), "--num_steps", str(updates), "--device", kind, "--out_dir", f"{folder}/run"]
         done = subprocess.run([sys.executable, str(ROOT / f"{recipe}.py"), *words], capture_output=True, text=True, cwd=folder,

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,12 +46,6 @@ def curve(rows, metric):
     return [(row["seconds"], row[metric]) for row in rows if row.get("metric") and math.isfinite(row[metric])]
 
 
-def updating(rows, samples, steps):
-    """Seconds that the updates themselves took: their number at the median rate of the log's windows, of which those with an
-    evaluation or a save in them are slower."""
-    return steps * samples / statistics.median(row["items_per_second"] for row in rows if row.get("items_per_second"))
-
-
 def run_pair(recipe, data, minutes, folder):
     """Both runs of a recipe side by side; {"slow" and "ours": points, final quality, updates, seconds}."""
     place, slow, metric, *_ = PAIRS[recipe]
@@ -75,8 +68,6 @@ def run_pair(recipe, data, minutes, folder):
         points = [*curve(rows, metric), (end["seconds"], end[metric])]
         found[name] = {"points": [[round(t, 1), round(v, 5)] for t, v in points], "steps": end["steps"]}
         found[name] |= {"seconds": end["seconds"], metric: end[metric]}
-        samples = json.loads((run / "settings.json").read_text(encoding="utf-8"))["samples"]
-        found[name]["update_seconds"] = round(updating(rows, samples, end["steps"]), 1)
     found["ours there after"] = there(found, metric, PAIRS[recipe][3])
     return found
 

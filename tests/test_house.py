@@ -67,7 +67,7 @@ def test_sizes():
 # damaged files of a run may hold: 160 and 60). NextDiT's three scripts hold the same 430 lines of model,
 # data and figures; latent diffusion holds a VAE, a UNet, a sampler and a classifier that judges; the classifier's script reads
 # .npz, trains two networks with three losses, and has metrics, pictures and the comparison
-LIMITS = {"common": 1521, "train_realesrgan_optimized": 862, "train_latent_cfg": 826}
+LIMITS = {"common": 1518, "train_realesrgan_optimized": 862, "train_latent_cfg": 826}
 LIMITS |= {"train_nextdit_fast": 706, "train_nextdit_ultrafast": 671, "finetune_pretrained": 878, "train_convnext": 923}
 # reading and checking scans 100, files and windows of --encode, --decode 110, the linear autoencoder 130, SOAP 50; the planner:
 # counting 160, tables 190
